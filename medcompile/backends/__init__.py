@@ -1,0 +1,96 @@
+"""The registry of backends, and the two faces each shows: build() for the compiler, load() for the runtime.
+
+One file per backend; the file name is the registry key, and the module's BACKEND is the instance. A backend
+imports its own library inside functions, so that listing them costs nothing and a missing one is an error only
+when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from medcompile.errors import UsageError
+from medcompile.spec import GraphSpec, Target, TensorSpec, Variant
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+
+class Executor(Protocol):
+    """A loaded artifact, ready to run. Thread-safe: several threads may call run() at once. A context manager."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once. feeds: every input by name, of its dtype. Returns every output by name; the caller owns them."""
+        ...
+
+    def close(self) -> None: ...
+    def __enter__(self) -> Executor: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a backend's build() left in its folder: the file to load, relative to that folder, and its target."""
+
+    file: str
+    target: Target
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """One library that can run a typed ONNX graph, for one or more target names."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+    def probe(self, target: str) -> Target:
+        """This machine as a target. Raises BackendUnavailable with a fix if the library or device is missing."""
+        ...
+
+    def build(self, onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path) -> Built:
+        """Lower the typed graph at onnx_path into files under out (an existing, empty folder). Deterministic.
+
+        Rewrites into the backend's own dialect happen here and never in load(). Raises BackendError.
+        """
+        ...
+
+    def load(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None) -> Executor:
+        """Load the file that build() made. threads None: every core the process may use. Imports no onnx, no torch."""
+        ...
+
+
+def names() -> tuple[str, ...]:
+    """Every backend file there is, sorted."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+
+
+def get(name: str) -> Backend:
+    """The backend of that file name. Raises UsageError with the nearest names if there is none."""
+    if name not in names():
+        raise UsageError(f"no backend {name!r}; there are: {', '.join(names())}", fix="check the spelling")
+    backend: Backend = importlib.import_module(f"{__name__}.{name}").BACKEND
+    return backend
+
+
+def for_target(target: str) -> Backend:
+    """The backend that builds for a recipe's target name. Raises UsageError if none does."""
+    known: list[str] = []
+    for name in names():
+        backend = get(name)
+        if target in backend.targets:
+            return backend
+        known += backend.targets
+    raise UsageError(f"no backend builds for target {target!r}", fix=f"choose from: {', '.join(known)}")

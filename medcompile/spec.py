@@ -1,0 +1,211 @@
+"""The words of the house: shapes, profiles, variants, targets, budgets, evidence and artifacts.
+
+Frozen dataclasses over the standard library alone, because both halves (compiler and runtime) import them and
+`import medcompile` must stay cheap. What reads YAML lives in recipe.py; what reads a bundle lives in bundle.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+from medcompile.errors import ProfileError
+
+Dim = int | str
+"""One entry of a shape: a fixed size, or the name of a dynamic axis."""
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: numpy dtype name and shape, whose strings name dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The range of a dynamic axis: 1 <= min <= opt <= max, in elements."""
+
+    name: str
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ProfileError(
+                f"axis {self.name}: [{self.min}, {self.opt}, {self.max}] is not 1 <= min <= opt <= max",
+                fix=f"write shapes.{self.name} as [min, opt, max] in rising order",
+            )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One set of axis ranges that an engine is built for."""
+
+    name: str
+    axes: tuple[Axis, ...]
+
+    def axis(self, name: str) -> Axis:
+        """The axis called name. Raises ProfileError if this profile has none."""
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise ProfileError(
+            f"profile {self.name} has no axis {name!r}; it has {', '.join(a.name for a in self.axes) or 'none'}",
+            fix=f"add shapes.{name}: [min, opt, max] to the recipe and rebuild",
+        )
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The face of one graph: its name (a task, for encoders), inputs, outputs and profiles."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+
+
+class Stage(IntEnum):
+    """How far a program has been lowered. CALIBRATED is reached only where a method needs statistics."""
+
+    EXPORTED = 1
+    SIMPLIFIED = 2
+    CALIBRATED = 3
+    QUANTIZED = 4
+    TYPED = 5
+
+
+class Precision(StrEnum):
+    """Number formats a variant may ask for, by their field names."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A precision recipe. Everything that decides numbers is named here; nothing is left to a backend's default.
+
+    float_dtype: dtype of whatever stays in floating point. weights, activations: integer format, None for float.
+    dynamic: activation scales are taken per token at run time instead of from calibration.
+    symmetric: activation zero points are 0 (what TensorRT asks for); False lets them move (CPU targets only).
+    block_size: weights share a scale per block of this many inputs; None is one scale per output channel.
+    method: how weights and scales are found (a quantizer's name). smoothing: SmoothQuant's strength in [0, 1].
+    keep: glob patterns over node names that stay in float. compute: settings a backend would else choose by itself.
+    """
+
+    name: str
+    float_dtype: Precision = Precision.FLOAT32
+    weights: Precision | None = None
+    activations: Precision | None = None
+    dynamic: bool = False
+    symmetric: bool = True
+    block_size: int | None = None
+    method: str = "rtn"
+    smoothing: float = 0.5
+    keep: tuple[str, ...] = ()
+    compute: Mapping[str, Scalar] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        return self.weights is not None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """True where calibration data must be run before quantization."""
+        return (self.activations is not None and not self.dynamic) or (self.quantized and self.method != "rtn")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an artifact runs. name is what a recipe says (onnxruntime-cpu); version is the backend library's."""
+
+    name: str
+    backend: str
+    device: str
+    arch: str = ""
+    os: str = ""
+    version: str = ""
+
+
+class Verdict(StrEnum):
+    NON_INFERIOR = "non-inferior"
+    INFERIOR = "inferior"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Margin:
+    """One line of a budget: the largest tolerated drop of a metric, and the confidence of the one-sided test."""
+
+    metric: str
+    max_drop: float
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The outcome of one non-inferiority test, paired against the fp32 reference on the same items.
+
+    difference is value - reference, signed so that a loss is negative whatever the metric's direction.
+    lower is the one-sided lower confidence bound of difference; interval is two-sided at the same confidence.
+    margin None: reported only, not judged, and verdict is None. samples counts items, units what was resampled.
+    discordant: items whose decision differs from the reference's (None where the metric has no decisions).
+    power: chance of "non-inferior" at zero true drop; samples_needed: items for a power of 0.8.
+    """
+
+    metric: str
+    reference: float
+    value: float
+    difference: float
+    lower: float
+    interval: tuple[float, float]
+    confidence: float
+    samples: int
+    units: int
+    unit: str
+    method: str
+    margin: float | None = None
+    verdict: Verdict | None = None
+    discordant: int | None = None
+    power: float | None = None
+    samples_needed: int | None = None
+    graph: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One graph of one variant, lowered for one target: a file of the bundle that a backend can load.
+
+    path is relative to the bundle's root, with forward slashes. verified_on: where its evidence was made.
+    latency_ms: median time of one run at the profile's opt shape on the machine that built it; None if not run.
+    """
+
+    graph: str
+    variant: str
+    target: Target
+    path: str
+    sha256: str
+    size_bytes: int
+    evidence: tuple[Evidence, ...] = ()
+    verified_on: str = ""
+    latency_ms: float | None = None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The worst verdict over its judged metrics; None where nothing was judged."""
+        verdicts = [e.verdict for e in self.evidence if e.verdict is not None]
+        for worst in (Verdict.INFERIOR, Verdict.INCONCLUSIVE, Verdict.NON_INFERIOR):
+            if worst in verdicts:
+                return worst
+        return None
