@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from medcompile.errors import UsageError
-from medcompile.spec import GraphSpec, Target, TensorSpec, Variant
+from medcompile.errors import InputError, ProfileError, UsageError
+from medcompile.spec import GraphSpec, Profile, Target, TensorSpec, Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,3 +94,52 @@ def for_target(target: str) -> Backend:
             return backend
         known += backend.targets
     raise UsageError(f"no backend builds for target {target!r}", fix=f"choose from: {', '.join(known)}")
+
+
+def check_feeds(spec: GraphSpec, feeds: Mapping[str, Array]) -> dict[str, int]:
+    """The size of every dynamic axis of feeds, once they fit the graph: what each executor asks before it runs.
+
+    Raises InputError for a missing, unknown or mistyped input, and ProfileError for a shape outside every profile.
+    """
+    wanted = {tensor.name for tensor in spec.inputs}
+    if wrong := sorted(wanted ^ set(feeds)):
+        what = "; ".join(f"{name!r} is {'missing' if name in wanted else 'unknown'}" for name in wrong)
+        raise InputError(f"{spec.name}: {what}", fix=f"feed exactly: {', '.join(t.name for t in spec.inputs)}")
+    sizes: dict[str, int] = {}
+    for tensor in spec.inputs:
+        array = feeds[tensor.name]
+        if array.dtype.name != tensor.dtype:
+            raise InputError(
+                f"{spec.name}: {tensor.name} is {array.dtype.name}, and the graph takes {tensor.dtype}",
+                fix=f"convert it: {tensor.name}.astype({tensor.dtype!r})",
+            )
+        if array.ndim != len(tensor.shape) or any(
+            size != sizes.setdefault(dim, size) if isinstance(dim, str) else size != dim
+            for dim, size in zip(tensor.shape, array.shape, strict=True)
+        ):
+            raise ProfileError(
+                f"{spec.name}: {tensor.name} has shape {list(array.shape)}, the graph takes {_shape(tensor, sizes)}",
+                fix="give every input the same batch and sequence, padded where needed",
+            )
+    if spec.profiles and all(_misfit(profile, sizes) for profile in spec.profiles):
+        raise ProfileError(
+            f"{spec.name}: " + "; ".join(_misfit(profile, sizes) for profile in spec.profiles),
+            fix="split or pad the input to fit, or widen shapes in the recipe and rebuild",
+        )
+    return sizes
+
+
+def _shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> str:
+    dims = [f"{dim}={sizes[dim]}" if dim in sizes else str(dim) for dim in map(str, tensor.shape)]
+    return f"[{', '.join(dims)}]"
+
+
+def _misfit(profile: Profile, sizes: Mapping[str, int]) -> str:
+    """Why sizes lie outside profile: its first axis that does not hold, in words. Empty if all hold."""
+    for axis in profile.axes:
+        size = sizes.get(axis.name, axis.opt)
+        if size > axis.max:
+            return f"{axis.name}={size} is above profile {profile.name}'s max {axis.max}"
+        if size < axis.min:
+            return f"{axis.name}={size} is below profile {profile.name}'s min {axis.min}"
+    return ""
