@@ -1,0 +1,156 @@
+"""Export: a checkpoint becomes onnx_ir graphs whose weights are references into the checkpoint's safetensors file.
+
+Nothing here reads a weight: tracing runs over fake tensors, and each parameter becomes an ExternalTensor (file,
+offset, length) in its stored dtype, with a Cast where the graph computes in fp32. Copies begin in simplify.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from medcompile.errors import PassError
+from medcompile.models import Family, ModelOptions
+from medcompile.program import Graph, Program
+from medcompile.spec import GraphSpec, Stage
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from medcompile.sources import Checkpoint
+
+VERSION = 1
+OPSET = 21  # the first with block-wise INT4 DequantizeLinear
+
+
+def export(family: Family, checkpoint: Checkpoint, options: ModelOptions) -> Program:
+    """One graph per task, at Stage.EXPORTED. Raises SourceError, ProfileError, or PassError naming the graph."""
+    graphs: dict[str, Graph] = {}
+    for task in options.tasks:
+        spec = family.graph_spec(checkpoint, task, options)
+        if checkpoint.kind == "onnx":
+            model = _imported(checkpoint)
+            family.adapt(model, checkpoint, task, options)
+        else:
+            model = _traced(family, checkpoint, task, options, spec)
+        graphs[task] = Graph(spec, model)
+    return Program(family.name, graphs, Stage.EXPORTED)
+
+
+def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOptions, spec: GraphSpec) -> ir.Model:
+    import torch
+
+    from medcompile import sources
+
+    tensors = sources.tensors(checkpoint)
+    traced = family.trace(checkpoint, tensors, task, options)
+    program = torch.onnx.export(
+        traced.exported,
+        dynamo=True,
+        optimize=False,  # constant folding would look into weights that are not there yet
+        opset_version=OPSET,
+        input_names=[t.name for t in spec.inputs],
+        output_names=[t.name for t in spec.outputs],
+        verbose=False,
+    )
+    if program is None:
+        raise PassError(f"export: {task}: torch.onnx gave no program", fix="run with -v and look at torch's messages")
+    model: ir.Model = program.model
+    _name_nodes(model)
+    _bind(model, traced.parameters, tensors, task)
+    _strip(model)
+    model.graph.name = task
+    model.producer_name, model.producer_version = "medcompile", ""
+    return model
+
+
+def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, Any], task: str) -> None:
+    """Point every initializer at its bytes in the checkpoint. One that has no bytes is a fault of the family's file."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    casts: list[ir.Node] = []
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+            continue
+        stored = parameters.get(name)
+        if stored is None:
+            raise PassError(
+                f"export: {task}: the graph holds {name}, which no tensor of the checkpoint gives",
+                fix="the family's trace() must compute this buffer in forward(), or map it to a tensor",
+            )
+        ref = tensors[stored]
+        wanted = value.dtype
+        dtype = ir.DataType.from_short_name(ref.dtype.lower())
+        value.const_value = ir.ExternalTensor(
+            ref.file.name,
+            ref.offset,
+            ref.nbytes,
+            dtype,
+            shape=ir.Shape(ref.shape),
+            name=name,
+            base_dir=ref.file.parent,
+        )
+        value.dtype = dtype
+        if wanted is not None and dtype != wanted:
+            cast = ir.node("Cast", [value], {"to": wanted}, name=f"{name}/Cast")
+            cast.outputs[0].name = f"{name}/Cast_output"
+            cast.outputs[0].dtype, cast.outputs[0].shape = wanted, value.shape
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            casts.append(cast)
+    first = graph[0]
+    for cast in casts:
+        graph.insert_before(first, cast)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Give nodes and values names that say where they come from: `encoder.layer.3.output.dense/MatMul`.
+
+    torch numbers its nodes through; the module path that it leaves in the metadata is what people know a layer by.
+    """
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        path = next((s for s in reversed(scopes[:-1]) if s and not s.startswith("_")), "model").removeprefix("model.")
+        name = f"{path}/{node.op_type}"
+        count = seen[name] = seen.get(name, -1) + 1
+        node.name = f"{name}_{count}" if count else name
+        for i, output in enumerate(node.outputs):
+            if not output.is_graph_output():
+                output.name = f"{node.name}_output" + (f"_{i}" if i else "")
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter notes beside the graph: source paths of this machine, which would change digests."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _imported(checkpoint: Checkpoint) -> ir.Model:
+    """The ONNX model of an exported folder, its weights memory-mapped, raised to this compiler's opset."""
+    import onnx_ir as ir
+    from onnxscript import version_converter
+
+    path = checkpoint.folder / checkpoint.weights[0]
+    model = ir.load(path)
+    version = model.opset_imports.get("", 0)
+    if version > OPSET:
+        raise PassError(
+            f"export: {path.name} is opset {version}; this compiler's graphs are opset {OPSET}",
+            fix=f"export it again with opset {OPSET} or lower",
+        )
+    version_converter.convert_version(model, target_version=OPSET)
+    _strip(model)
+    model.producer_name, model.producer_version = "medcompile", ""
+    return model
