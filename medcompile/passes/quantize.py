@@ -1,0 +1,241 @@
+"""Quantize: put the integers into the graph, as standard ONNX operators, for the variant in hand.
+
+Static W8A8 is QuantizeLinear/DequantizeLinear around the activation and DequantizeLinear on the weight; weight-only is
+the latter alone; dynamic takes its activation scales per token at run time (passes/dynamic_int8.py). The numbers come
+from a quantizer and from the statistics; this is the only room that knows both them and the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from medcompile.errors import QuantizeError
+from medcompile.passes.linear import LinearGroup, linear_groups
+from medcompile.program import Context, Graph, Program
+from medcompile.spec import Precision, Stage, Variant
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from medcompile.quantizers import Solution
+    from medcompile.statistics import Statistics
+
+    Array = np.ndarray[Any, Any]
+
+_BITS = {Precision.INT8: 8, Precision.INT4: 4}
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantizes every linear layer of every graph as ctx.variant says, but those that variant.keep names.
+
+    method: how an activation's clipping range is found where no quantizer rescales its channels; rescaled ones take
+    all that was seen (clipping them gains nothing, and outliers are what the rescaling is for).
+    percentile: for method percentile, the share of values kept, in %.
+    A keep pattern is a glob over node names; `encoder.layer.3.output.dense` means the node of that module.
+    Raises QuantizeError on a variant that makes no sense, missing statistics, or a damaged weight (naming the node).
+    """
+
+    method: str = "mse"
+    percentile: float = 99.99
+    name: str = "quantize"
+    version: int = 1
+    needs: Stage = Stage.SIMPLIFIED
+    gives: Stage = Stage.QUANTIZED
+
+    def __call__(self, program: Program, ctx: Context) -> Program:
+        variant = ctx.variant
+        if variant is None or not variant.quantized:
+            return program.with_graphs(program.graphs, self.gives)
+        _check(variant)
+        _check_keep(variant, program)
+        graphs = {}
+        for name, graph in program.graphs.items():
+            model = graph.model.clone()
+            groups = linear_groups(model)
+            for done, group in enumerate(groups):
+                ctx.progress.step(f"{name}: {group.nodes[0].name}", done, len(groups))
+                nodes = tuple(n for n in group.nodes if not kept(n.name or "", variant.keep))
+                if nodes:
+                    group = LinearGroup(group.tensor, group.channels, nodes)  # noqa: PLW2901
+                    _quantize_group(model, group, variant, program.statistics.get(name, {}), self)
+            _drop_unused(model)
+            graphs[name] = Graph(graph.spec, model)
+        return program.with_graphs(graphs, self.gives)
+
+
+def kept(name: str, keep: tuple[str, ...]) -> bool:
+    """True if a node of that name stays in float."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*") for pattern in keep)
+
+
+def _check(variant: Variant) -> None:
+    if variant.weights not in _BITS or variant.activations not in (None, Precision.INT8):
+        raise QuantizeError(
+            f"variant {variant.name}: {variant.weights} weights don't go with {variant.activations} activations",
+            fix="use weights: int8 with activations: int8 or none, or weights: int4 without activations",
+        )
+    if variant.activations is not None and (variant.weights != Precision.INT8 or variant.block_size):
+        raise QuantizeError(
+            f"variant {variant.name}: int8 activations need int8 weights with one scale per output channel",
+            fix="leave out block_size, or leave out activations for weight-only quantization",
+        )
+
+
+def _check_keep(variant: Variant, program: Program) -> None:
+    """A pattern that names no linear layer of any graph is a typing error, and would quantize what must not be."""
+    names = [n.name or "" for g in program.graphs.values() for group in linear_groups(g.model) for n in group.nodes]
+    for pattern in variant.keep:
+        if not any(kept(name, (pattern,)) for name in names):
+            raise QuantizeError(
+                f"variant {variant.name}: keep pattern {pattern!r} matches no linear layer",
+                fix=f"use node names such as {', '.join(names[:3])}, or globs over them",
+            )
+
+
+def _quantize_group(
+    model: ir.Model, group: LinearGroup, variant: Variant, statistics: Mapping[str, Statistics], options: Quantize
+) -> None:
+    import numpy as np
+
+    from medcompile import quantizers
+
+    stats = statistics.get(group.tensor)
+    if stats is None and variant.needs_statistics:
+        raise QuantizeError(
+            f"{group.nodes[0].name}: no statistics of its input {group.tensor}",
+            fix="run calibrate on the same graphs first (the recipe's calibration.data)",
+        )
+    form = quantizers.WeightFormat(
+        _BITS[Precision(variant.weights or "")], variant.block_size, variant.smoothing, variant.symmetric
+    )
+    weights = [_weight(node) for node in group.nodes]
+    try:
+        solution = quantizers.get(variant.method).solve(np.concatenate(weights, axis=1), stats, form)
+    except QuantizeError as error:
+        raise QuantizeError(f"{group.nodes[0].name}: {error.message}", fix=error.fix) from error
+    widths = np.cumsum([w.shape[1] for w in weights])[:-1]
+    values = np.split(solution.values, widths, axis=1)
+    scales = np.split(solution.scales, widths, axis=-1)
+    activation = _equalized(model, group, solution)
+    if variant.dynamic:
+        from medcompile.passes.dynamic_int8 import dynamic_matmuls
+
+        dynamic_matmuls(model, group.nodes, activation, values, scales)
+        return
+    if variant.activations is not None:
+        assert stats is not None
+        activation = _qdq(model, group, activation, _range(stats, solution, variant.symmetric, options), variant)
+    for node, value, scale in zip(group.nodes, values, scales, strict=True):
+        node.replace_input_with(0, activation)
+        node.replace_input_with(1, _dequantized_weight(model, node, value, scale, variant))
+
+
+def _weight(node: ir.Node) -> Array:
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    array: Array = weight.const_value.numpy()
+    return array
+
+
+def _equalized(model: ir.Model, group: LinearGroup, solution: Solution) -> ir.Value:
+    """The group's input, times the inverse of the solution's input scale. One Mul serves all consumers; folding it
+    into a LayerNormalization would not be exact, because the residual path reads that too."""
+    activation = group.nodes[0].inputs[0]
+    assert activation is not None
+    if solution.input_scale is None:
+        return activation
+    inverse = constant(model, f"{group.tensor}/inverse_scale", 1 / solution.input_scale)
+    return insert(model, group.nodes[0], "Mul", [activation, inverse], f"{group.tensor}/equalize")
+
+
+def _range(stats: Statistics, solution: Solution, symmetric: bool, options: Quantize) -> tuple[float, float]:
+    from medcompile.statistics import clipping_range
+
+    if solution.input_scale is None:
+        return clipping_range(stats, options.method, symmetric, options.percentile)
+    low = min(float((stats.channel_min / solution.input_scale).min()), 0.0)
+    high = max(float((stats.channel_max / solution.input_scale).max()), 0.0)
+    if low == high:
+        return -1.0, 1.0
+    return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
+
+
+def _qdq(
+    model: ir.Model, group: LinearGroup, activation: ir.Value, ends: tuple[float, float], variant: Variant
+) -> ir.Value:
+    import numpy as np
+
+    low, high = ends
+    if variant.symmetric:
+        step, zero = np.float32(high / 127), np.array(0, np.int8)
+    else:
+        step = np.float32((high - low) / 255)
+        zero = np.array(np.clip(round(-low / float(step)), 0, 255), np.uint8)
+    scale = constant(model, f"{group.tensor}/scale", np.array(step))
+    zero_point = constant(model, f"{group.tensor}/zero_point", zero)
+    first = group.nodes[0]
+    quantized = insert(model, first, "QuantizeLinear", [activation, scale, zero_point], f"{group.tensor}/quantize")
+    return insert(model, first, "DequantizeLinear", [quantized, scale, zero_point], f"{group.tensor}/dequantize")
+
+
+def _dequantized_weight(model: ir.Model, node: ir.Node, values: Array, scales: Array, variant: Variant) -> ir.Value:
+    import ml_dtypes
+    import numpy as np
+
+    base = node.name or ""
+    integer = np.dtype(np.int8 if variant.weights == Precision.INT8 else ml_dtypes.int4)
+    inputs = [
+        constant(model, f"{base}/weight", values.astype(integer, copy=False)),
+        constant(model, f"{base}/weight_scale", scales),
+        constant(model, f"{base}/weight_zero_point", np.zeros(scales.shape, integer)),
+    ]
+    attributes = {"axis": 0, "block_size": variant.block_size} if variant.block_size else {"axis": 1}
+    return insert(model, node, "DequantizeLinear", inputs, f"{base}/weight_dequantize", attributes=attributes)
+
+
+def constant(model: ir.Model, name: str, array: Array) -> ir.Value:
+    """array as an initializer of model."""
+    import numpy as np
+    import onnx_ir as ir
+
+    tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def insert(
+    model: ir.Model,
+    before: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value],
+    name: str,
+    *,
+    attributes: Mapping[str, Any] | None = None,
+    like: ir.Value | None = None,
+) -> ir.Value:
+    """A new node in front of another. Returns its output, shaped like the value like (the first input unless given)."""
+    import onnx_ir as ir
+
+    node = ir.node(op_type, inputs, dict(attributes or {}), name=name)
+    output = node.outputs[0]
+    output.name, output.shape = f"{name}/output", (like or inputs[0]).shape
+    if op_type == "Cast":
+        output.type = ir.TensorType(ir.DataType((attributes or {})["to"]))
+    elif op_type == "MatMulInteger":
+        output.type = ir.TensorType(ir.DataType.INT32)
+    else:  # these two take the type of their zero point and scale; every other operator used here, of its first input
+        output.type = inputs[{"QuantizeLinear": 2, "DequantizeLinear": 1}.get(op_type, 0)].type
+    model.graph.insert_before(before, node)
+    return output
+
+
+def _drop_unused(model: ir.Model) -> None:
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
