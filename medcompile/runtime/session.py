@@ -1,0 +1,264 @@
+"""load(): a bundle, one of its variants, a backend that can run it here, and the answers.
+
+Which artifact runs is decided here, from the bundle's evidence and latencies; how one runs is the backend's business,
+and what its numbers mean is encoder.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+
+from medcompile import backends, bundle
+from medcompile.backends import Backend, Executor
+from medcompile.bundle import Bundle
+from medcompile.errors import BackendUnavailable, OverBudgetError, UsageError
+from medcompile.runtime.encoder import Encoder, Fill, Score
+from medcompile.runtime.entities import Entity
+from medcompile.runtime.text import Text, TextAssets, read_json
+from medcompile.spec import Artifact, Precision, Target, Variant, Verdict
+
+AUTO = "auto"
+MEANINGLESS = "null"
+"""The backend that answers zeros: it runs only when named."""
+
+log = logging.getLogger("medcompile")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One variant lowered for one target, with an artifact for every graph of the bundle (by graph name)."""
+
+    variant: Variant
+    target: Target
+    artifacts: Mapping[str, Artifact]
+
+    @property
+    def eligible(self) -> bool:
+        """True if load() may pick it unasked: non-inferior, or float32 throughout and not found inferior."""
+        verdicts = {a.verdict for a in self.artifacts.values()}
+        reference = self.variant.float_dtype is Precision.FLOAT32 and not self.variant.quantized
+        exact = reference and self.variant.compute.get("float", Precision.FLOAT32) == Precision.FLOAT32
+        return verdicts == {Verdict.NON_INFERIOR} or (exact and Verdict.INFERIOR not in verdicts)
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Sum over the graphs; None if one was never timed."""
+        times = [a.latency_ms for a in self.artifacts.values() if a.latency_ms is not None]
+        return sum(times) if len(times) == len(self.artifacts) else None
+
+
+class Session:
+    """A loaded bundle. Thread-safe; a context manager; a task's artifact is checked and loaded on its first use.
+
+    bundle: its facts, digest included. variant, target: what was chosen.
+    """
+
+    def __init__(self, loaded: Bundle, choice: Choice, backend: Backend, threads: int | None) -> None:
+        self.bundle = loaded
+        self.variant = choice.variant
+        self.target = choice.target
+        self._executors = _Executors(loaded, choice, backend, threads)
+        loaded.check(loaded.under("assets"))
+        labels = read_json(loaded.root / loaded.assets["labels"], list) if "labels" in loaded.assets else []
+        self.encoder = Encoder(
+            TextAssets.read(loaded.root / "assets"), self._executors, loaded.graphs, [str(name) for name in labels]
+        )
+
+    def embed(self, texts: Text | Iterable[Text]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Embeddings, float32 [n, hidden]: see Encoder.embed."""
+        return self.encoder.embed(texts)
+
+    @overload
+    def extract(self, texts: Text) -> list[Entity]: ...  # type: ignore[overload-overlap]  # a str is iterable as well
+    @overload
+    def extract(self, texts: Iterable[Text]) -> list[list[Entity]]: ...
+    def extract(self, texts: Text | Iterable[Text]) -> list[Entity] | list[list[Entity]]:
+        """Entities with offsets into the text, for one text or for each of several: see Encoder.extract."""
+        return self.encoder.extract(texts)
+
+    def classify(self, texts: Text | Iterable[Text], pairs: Text | Iterable[Text] | None = None) -> list[list[Score]]:
+        """All classes with their probabilities, per text: see Encoder.classify."""
+        return self.encoder.classify(texts, pairs)
+
+    def fill_mask(self, text: Text, top_k: int = 5) -> list[list[Fill]]:
+        """Candidates for each mask token of one text: see Encoder.fill_mask."""
+        return self.encoder.fill_mask(text, top_k)
+
+    def close(self) -> None:
+        """Free the executors. Safe to call twice; any later call raises UsageError."""
+        self._executors.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load(path: str | os.PathLike[str], backend: str = AUTO, variant: str = AUTO, threads: int | None = None) -> Session:
+    """Open the bundle at path, checking the digest of every file that is used.
+
+    backend: "auto", a target (onnxruntime-cpu) or a backend (onnxruntime). variant: "auto" or its name; "auto" takes
+    the fastest non-inferior one as timed on this machine, else the smallest. A variant that is not non-inferior runs
+    only when named, with a warning. threads: None for every core the process may use.
+    Raises BundleError, UsageError (no such variant or backend), OverBudgetError (nothing non-inferior to pick), or
+    BackendUnavailable (nothing that is installed here can run it; says what to install).
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads={threads}; it must be at least 1", fix="leave it out to use every core")
+    loaded = bundle.read(path, check=False)
+    choice, engine = _available(_rank(loaded, _candidates(loaded, backend, variant)), loaded)
+    if not choice.eligible:
+        verdicts = ", ".join(f"{n}: {a.verdict or 'no evidence'}" for n, a in sorted(choice.artifacts.items()))
+        log.warning(
+            "%s: variant %s on %s is not shown to be non-inferior (%s)",
+            loaded.name,
+            choice.variant.name,
+            choice.target.name,
+            verdicts,
+        )
+    return Session(loaded, choice, engine, threads)
+
+
+class _Executors(Mapping[str, Executor]):
+    """Executors by graph name, each loaded when first asked for, once, whatever the number of threads asking."""
+
+    def __init__(self, loaded: Bundle, choice: Choice, backend: Backend, threads: int | None) -> None:
+        self._bundle = loaded
+        self._choice = choice
+        self._backend = backend
+        self._threads = threads
+        self._open: dict[str, Executor] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def __getitem__(self, graph: str) -> Executor:
+        with self._lock:
+            if self._closed:
+                raise UsageError("this session is closed", fix="load the bundle again")
+            if graph not in self._open:
+                artifact = self._choice.artifacts[graph]
+                self._bundle.check(self._bundle.under(self._bundle.folder_of(artifact)))
+                self._open[graph] = self._backend.load(
+                    self._bundle.root / artifact.path,
+                    self._bundle.graphs[graph],
+                    self._choice.variant,
+                    self._choice.target,
+                    self._threads,
+                )
+            return self._open[graph]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choice.artifacts)
+
+    def __len__(self) -> int:
+        return len(self._choice.artifacts)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            while self._open:
+                self._open.popitem()[1].close()
+
+
+def _candidates(loaded: Bundle, backend: str, variant: str) -> list[Choice]:
+    """What the caller's wishes allow, evidence included. Raises UsageError or OverBudgetError if that is nothing."""
+    if variant not in (AUTO, *loaded.variants):
+        raise UsageError(f"{loaded.name} has no variant {variant!r}; it has {', '.join(loaded.variants)}")
+    every = _choices(loaded)
+    asked = [
+        c
+        for c in every
+        if backend in (c.target.name, c.target.backend) or (backend == AUTO and c.target.backend != MEANINGLESS)
+        if variant in (AUTO, c.variant.name)
+    ]
+    if not asked:
+        there = ", ".join(sorted({f"{c.variant.name} on {c.target.name}" for c in every})) or "none"
+        raise UsageError(
+            f"{loaded.name} has nothing for backend={backend!r}, variant={variant!r}; it has: {there}",
+            fix="choose one of these, or add the target to the recipe and rebuild",
+        )
+    allowed = [c for c in asked if c.eligible or variant != AUTO]
+    if not allowed:
+        names = ", ".join(sorted({c.variant.name for c in asked}))
+        raise OverBudgetError(
+            f"{loaded.name}: no variant is shown to be non-inferior (built: {names})",
+            fix=f"name one all the same, for example variant={asked[0].variant.name!r}, or rebuild with another budget",
+        )
+    return allowed
+
+
+def _choices(loaded: Bundle) -> list[Choice]:
+    """Every pair of variant and target that has an artifact for all graphs, in the manifest's order."""
+    groups: dict[tuple[str, str], list[Artifact]] = {}
+    for artifact in loaded.artifacts:
+        groups.setdefault((artifact.variant, artifact.target.name), []).append(artifact)
+    choices = [
+        Choice(loaded.variants[name], group[0].target, {a.graph: a for a in group})
+        for (name, _), group in groups.items()
+    ]
+    return [c for c in choices if set(c.artifacts) == set(loaded.graphs)]
+
+
+def _rank(loaded: Bundle, choices: Iterable[Choice]) -> list[Choice]:
+    """Eligible ones first; of these the timed ones, fastest first; then the others, smallest first."""
+
+    def size(choice: Choice) -> int:
+        folders = {loaded.folder_of(a) for a in choice.artifacts.values()}
+        return sum(loaded.files[p].size for folder in folders for p in loaded.under(folder))
+
+    def key(choice: Choice) -> tuple[bool, bool, float, int]:
+        return not choice.eligible, choice.latency_ms is None, choice.latency_ms or 0.0, size(choice)
+
+    return sorted(choices, key=key)
+
+
+def _available(ranked: list[Choice], loaded: Bundle) -> tuple[Choice, Backend]:
+    """The first choice whose backend works here. Libraries are imported in that order only, because imports are slow.
+
+    Latencies timed on another kind of machine don't count: once a target turns out to be one, its choices are ranked
+    again without them. Raises BackendUnavailable with every reason and fix.
+    """
+    here: dict[str, Target | BackendUnavailable] = {}
+    waiting = list(ranked)
+    while waiting:
+        choice = waiting.pop(0)
+        name = choice.target.name
+        backend = backends.get(choice.target.backend)
+        if name not in here:
+            here[name] = _probe(backend, name)
+        target = here[name]
+        if isinstance(target, BackendUnavailable):
+            continue
+        built = choice.target
+        if choice.latency_ms is not None and (built.device, built.arch, built.os) != (
+            target.device,
+            target.arch,
+            target.os,
+        ):
+            waiting = _rank(loaded, [_untimed(c) if c.target.name == name else c for c in (choice, *waiting)])
+            continue
+        return choice, backend
+    reasons = [f"{name}: {error}" for name, error in here.items()]
+    raise BackendUnavailable(
+        f"{loaded.name}: nothing on this machine can run it\n" + "\n".join(reasons),
+        fix="do one of the above, or rebuild the bundle for a target that `medcompile doctor` finds here",
+    )
+
+
+def _probe(backend: Backend, target: str) -> Target | BackendUnavailable:
+    try:
+        return backend.probe(target)
+    except BackendUnavailable as error:
+        return error
+
+
+def _untimed(choice: Choice) -> Choice:
+    return replace(choice, artifacts={g: replace(a, latency_ms=None) for g, a in choice.artifacts.items()})
