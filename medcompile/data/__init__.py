@@ -1,0 +1,80 @@
+"""Data to calibrate and to judge on: manifests, readers, digests, and the gate for patient information.
+
+read() is the one way in. Nothing here writes a text anywhere: what leaves this room beside the items are digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from medcompile.data.items import Dataset, Item, dataset, item_of, text_digests
+from medcompile.data.manifest import Manifest, load_manifest
+from medcompile.data.readers import records
+from medcompile.errors import DataError, PhiError
+
+__all__ = ["Dataset", "Item", "Manifest", "load_manifest", "read", "without_overlap"]
+
+
+def read(manifest: Manifest, *, limit: int | None = None, allow_phi: bool = False) -> Dataset:
+    """The manifest's items in file order; with limit, that many at most, spread evenly over the order of digests.
+
+    Raises PhiError if the manifest says phi: present and allow_phi is False, before any file is opened; DataError
+    if a file is missing, is not the one whose sha256 the manifest holds, or is malformed.
+    """
+    if manifest.phi == "present" and not allow_phi:
+        raise PhiError(
+            f"{manifest.name}: its manifest says phi: present, so this run does not read it",
+            fix="use de-identified data, or allow it for this run with --allow-phi",
+        )
+    for name, expected in zip(manifest.paths, manifest.sha256, strict=True):
+        found = _sha256(manifest.file(name))
+        if found != expected:
+            raise DataError(
+                f"{manifest.name}: {name} is not the file that the manifest describes: its sha256 is {found}, "
+                f"not {expected}",
+                fix=f"get that file again; or, if this one is meant, write its sha256 into {manifest.location}",
+            )
+    chosen = None if limit is None else _spread(manifest, limit)
+    items = tuple(
+        item_of(place, record, manifest)
+        for index, (place, record) in enumerate(records(manifest))
+        if chosen is None or index in chosen
+    )
+    if manifest.keep and chosen is None and not any(label != "O" for item in items for label in item.labels):
+        raise DataError(
+            f"{manifest.name}: no label of the file is one of those that keep lists: {', '.join(manifest.keep)}",
+            fix="check the spelling of keep; it is compared after label_map",
+        )
+    return dataset(manifest, items)
+
+
+def without_overlap(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset, int]:
+    """calibration less every item of which a text also stands in evaluation, and how many those were.
+
+    Raises DataError if that is more than half of them: then the two are most likely one and the same file.
+    """
+    judged = {digest for item in evaluation.items for digest in text_digests(item)}
+    kept = tuple(item for item in calibration.items if not text_digests(item) & judged)
+    dropped = len(calibration.items) - len(kept)
+    if 2 * dropped > len(calibration.items):
+        raise DataError(
+            f"{dropped} of {len(calibration.items)} calibration items of {calibration.name} also stand in the "
+            f"evaluation data {evaluation.name}",
+            fix="calibrate on other data than is judged on, for example the training split",
+        )
+    return (dataset(calibration.manifest, kept) if dropped else replace(calibration)), dropped
+
+
+def _spread(manifest: Manifest, limit: int) -> frozenset[int]:
+    """Indices of limit records that lie evenly in the order of their digests, whatever their order in the file."""
+    digests = [item_of(place, record, manifest).digest for place, record in records(manifest)]
+    order = sorted(range(len(digests)), key=lambda index: (digests[index], index))
+    count = min(limit, len(order))
+    return frozenset(order[i * len(order) // count] for i in range(count))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,374 @@
+"""Recipes: the YAML file that says what to build, read into a frozen Recipe of spec's types.
+
+The schema lives here. Rules that tie keys together are recipe_rules.py's, and reading YAML with line and column is
+recipe_yaml.py's. Whether the model itself can do what is asked (512 positions, its tasks' weights) is for the family
+to say later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+
+from medcompile import models, recipe_rules, recipe_yaml
+from medcompile.errors import RecipeError
+from medcompile.recipe_rules import Task
+from medcompile.recipe_yaml import Document, failure, nearest, shown
+from medcompile.spec import Axis, Margin, Precision, Profile, Scalar, Variant
+
+TargetName = Literal["onnxruntime-cpu", "openvino-cpu", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "null"]
+
+_SOURCES = {
+    "hf": (r"hf:[\w.-]+(/[\w.-]+)?", "hf:<organization>/<model>"),
+    "path": (r"path:.+", "path:<folder>"),
+    "package": (r"package:[\w.-]+==[\w.+!-]+/.+", "package:<distribution>==<version>/<path inside it>"),
+}
+_RANGE = {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 3, "maxItems": 3}
+
+
+def _name(value: str) -> str:
+    if not recipe_rules.NAME.fullmatch(value):
+        plain = re.sub(r"[^a-z0-9._-]+", "-", value.lower()).strip("-._") or "my-model"
+        raise failure(f"{shown(value)} is not a name (a-z, 0-9, and . _ - after the first)", f"write {plain}")
+    return value
+
+
+def _family(value: str) -> str:
+    if value not in models.names():
+        known = models.names()
+        raise failure(f"no model family {shown(value)}.{nearest(value, known)}", f"choose from: {', '.join(known)}")
+    return value
+
+
+def _source(value: str) -> str:
+    scheme, colon, rest = value.partition(":")
+    if not colon or scheme not in _SOURCES:
+        forms = ", ".join(form for _, form in _SOURCES.values())
+        raise failure(f"{shown(value)} does not say where the model comes from", f"write one of: {forms}")
+    if scheme == "package" and "==" not in rest:
+        raise failure(f"{shown(value)} pins no version", f"write {_SOURCES['package'][1]}")
+    if not re.fullmatch(_SOURCES[scheme][0], value):
+        raise failure(f"{shown(value)} is not of the form {_SOURCES[scheme][1]}", f"write {_SOURCES[scheme][1]}")
+    return value
+
+
+def _unique(values: list[Any]) -> list[Any]:
+    twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
+    if twice is not None:
+        raise failure(f"{shown(twice)} stands here twice", f"keep {twice} once")
+    return values
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    for key, value in values.items():
+        if not isinstance(value, str | int | float):
+            raise failure(f"{key} is neither text, a number, true nor false", f"write {key}: <one value>")
+    return values
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelKeys(_Keys):
+    """What to compile. source is pinned: a hub revision, or a package's version."""
+
+    family: Annotated[str, AfterValidator(_family)] = Field(
+        description="The architecture family: a file in medcompile/models/.", examples=["bert"]
+    )
+    tasks: Annotated[list[Task], AfterValidator(_unique)] = Field(
+        min_length=1, description="One graph is built for each task.", examples=["[embed]"]
+    )
+    source: Annotated[str, AfterValidator(_source)] = Field(
+        description="hf:<organization>/<model>, path:<folder>, or package:<distribution>==<version>/<path inside it>.",
+        examples=['"hf:organization/model"'],
+    )
+    revision: str | None = Field(
+        default=None, description="The hub commit, 40 hexadecimal digits. Only with hf:.", examples=["<40 hex digits>"]
+    )
+    pooling: Literal["mean", "cls"] = Field(
+        default="mean", description="How embed makes one vector of a text's tokens.", examples=["mean"]
+    )
+    normalize: bool = Field(
+        default=True, description="Whether embed() scales vectors to length 1 by default.", examples=["true"]
+    )
+    max_length: int | None = Field(
+        default=None, ge=8, description="Longest window in tokens; default: the model's own.", examples=["512"]
+    )
+    labels: Annotated[list[str], AfterValidator(_unique)] | None = Field(
+        default=None,
+        min_length=2,
+        description="Names of the labels in the order of their ids, where the checkpoint's own are missing or odd.",
+        examples=["[O, B-Disease, I-Disease]"],
+    )
+
+
+class CalibrationKeys(_Keys):
+    """Real data that static quantization measures activations on. Never random, never the evaluation data."""
+
+    data: str = Field(min_length=1, description="A manifest in calibration/, or a path to one.", examples=["my-notes"])
+    samples: int = Field(default=256, ge=8, description="How many items to run.", examples=["256"])
+    method: Literal["minmax", "percentile", "entropy", "mse"] = Field(
+        default="mse", description="How the range of an activation is chosen from its histogram.", examples=["mse"]
+    )
+    percentile: float | None = Field(
+        default=None, gt=50, lt=100, description="For method percentile: the share kept, in %.", examples=["99.99"]
+    )
+    batch: int = Field(default=8, ge=1, description="Items per run.", examples=["8"])
+
+
+class EvaluationKeys(_Keys):
+    """Labelled data that every artifact is judged on against the original model."""
+
+    data: str = Field(min_length=1, description="A manifest in calibration/, or a path to one.", examples=["my-devel"])
+    samples: int | None = Field(default=None, ge=8, description="How many items; default: all.", examples=["500"])
+
+
+class MarginKeys(_Keys):
+    """How much of a metric may be lost, and how sure the test must be that no more was."""
+
+    max_drop: float = Field(
+        gt=0, lt=1, description="Largest tolerated drop, as a fraction: 0.01 is one point.", examples=["0.01"]
+    )
+    confidence: float = Field(
+        default=0.95, gt=0.5, lt=1, description="Confidence of the one-sided test.", examples=["0.95"]
+    )
+
+
+class VariantKeys(_Keys):
+    """One precision. An empty variant ({}) is plain float32."""
+
+    float_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32",
+        alias="float",
+        description="What stays in floating point has this type.",
+        examples=["float32"],
+    )
+    weights: Literal["int8", "int4"] | None = Field(
+        default=None, description="Integer format of the weights; none for float.", examples=["int8"]
+    )
+    activations: Literal["int8"] | None = Field(
+        default=None, description="Integer format of the activations; none for float.", examples=["int8"]
+    )
+    dynamic: bool = Field(
+        default=False,
+        description="Take activation scales per token at run time, not from calibration.",
+        examples=["true"],
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="Activation zero points are 0, as TensorRT wants; false is more accurate on a CPU.",
+        examples=["false"],
+    )
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        default=None, description="int4 only: this many inputs share a scale.", examples=["128"]
+    )
+    method: Literal["rtn", "smoothquant"] = Field(
+        default="rtn", description="How weights and scales are found.", examples=["rtn"]
+    )
+    smoothing: float = Field(
+        default=0.5, ge=0, le=1, description="smoothquant only: how much moves to the weights.", examples=["0.5"]
+    )
+    keep: list[str] = Field(
+        default_factory=list, description="Glob patterns over node names that stay in float.", examples=['["*pooler*"]']
+    )
+    compute: Annotated[
+        dict[str, Any],
+        AfterValidator(_scalars),
+        WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
+    ] = Field(default_factory=dict, description="Settings that a backend would else choose by itself.", examples=["{}"])
+
+
+class _RecipeKeys(_Keys):
+    """The whole file."""
+
+    model_config = ConfigDict(title="medcompile recipe")
+
+    schema_: str | None = Field(default=None, alias="$schema", description="For editors: where the JSON Schema lies.")
+    schema_version: Literal[1] = Field(description="The version of this format.", examples=["1"])
+    name: Annotated[str, AfterValidator(_name)] = Field(
+        description="Names the bundle: engines/<name>.", examples=["my-model"]
+    )
+    model: ModelKeys = Field(description="What to compile.", examples=["{family: bert, tasks: [embed], source: ...}"])
+    shapes: Annotated[
+        dict[str, Any],
+        WithJsonSchema(
+            {
+                "type": "object",
+                "additionalProperties": {
+                    "anyOf": [_RANGE, {"type": "object", "additionalProperties": _RANGE, "minProperties": 1}]
+                },
+            }
+        ),
+    ] = Field(
+        min_length=1,
+        description="[min, opt, max] of every dynamic axis, or named profiles that each hold such a map.",
+        examples=["{batch: [1, 8, 64], sequence: [8, 128, 512]}"],
+    )
+    calibration: CalibrationKeys | None = Field(
+        default=None, description="Needed by variants with static activations.", examples=["{data: clinical-notes}"]
+    )
+    evaluation: EvaluationKeys = Field(
+        description="What the result is judged on.", examples=["{data: retrieval-pairs}"]
+    )
+    budget: dict[str, MarginKeys] = Field(
+        min_length=1, description="Metric to largest tolerated loss.", examples=["{f1: {max_drop: 0.01}}"]
+    )
+    variants: dict[str, VariantKeys] = Field(
+        min_length=1,
+        description="Name to precision.",
+        examples=["{fp32: {}, int8: {weights: int8, activations: int8}}"],
+    )
+    targets: Annotated[list[TargetName], AfterValidator(_unique)] = Field(
+        min_length=1, description="Where the bundle shall run.", examples=["[onnxruntime-cpu]"]
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that passed every check. manifests: data name -> the manifest's path, as found."""
+
+    name: str
+    model: ModelKeys
+    profiles: tuple[Profile, ...]
+    calibration: CalibrationKeys | None
+    evaluation: EvaluationKeys
+    budget: tuple[Margin, ...]
+    variants: tuple[Variant, ...]
+    targets: tuple[str, ...]
+    path: Path = field(compare=False)
+    manifests: Mapping[str, Path] = field(compare=False)
+
+    def variant(self, name: str) -> Variant:
+        """The variant called name, which must be there."""
+        return next(v for v in self.variants if v.name == name)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at path, with `key.path=value` overrides laid over it. Raises RecipeError with every problem found."""
+    document = recipe_yaml.read(Path(path), str(path))
+    manifests: dict[str, Path] = {}
+    keys = None
+    if not document.problems or document.value is not None:
+        recipe_yaml.override(document, overrides)
+        keys = recipe_yaml.validate(_RecipeKeys, document)
+        if isinstance(document.value, dict):
+            for way, message, fix in recipe_rules.broken(document.value):
+                is_name = len(way) == 2 and way[0] in {"budget", "variants"}
+                document.report(way, message, fix, at_key=is_name)
+            manifests = _find_manifests(document, Path(path))
+    if keys is None or document.problems:
+        raise RecipeError(document.in_order())
+    return Recipe(
+        name=keys.name,
+        model=keys.model,
+        profiles=_profiles(keys.shapes),
+        calibration=keys.calibration,
+        evaluation=keys.evaluation,
+        budget=tuple(Margin(metric, m.max_drop, m.confidence) for metric, m in keys.budget.items()),
+        variants=tuple(_variant(name, v) for name, v in keys.variants.items()),
+        targets=tuple(keys.targets),
+        path=Path(path),
+        manifests=manifests,
+    )
+
+
+def resolved(recipe: Recipe) -> str:
+    """The recipe as canonical YAML with every default written out; load() of it gives an equal recipe."""
+    profiles = {p.name: {a.name: [a.min, a.opt, a.max] for a in p.axes} for p in recipe.profiles}
+    document = {
+        "schema_version": 1,
+        "name": recipe.name,
+        "model": _plain(recipe.model),
+        "shapes": profiles,
+        "calibration": _plain(recipe.calibration) if recipe.calibration else None,
+        "evaluation": _plain(recipe.evaluation),
+        "budget": {m.metric: {"max_drop": m.max_drop, "confidence": m.confidence} for m in recipe.budget},
+        "variants": {v.name: _variant_plain(v) for v in recipe.variants},
+        "targets": list(recipe.targets),
+    }
+    kept = {k: v for k, v in document.items() if v is not None}
+    return yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+
+def digest(recipe: Recipe) -> str:
+    """sha256 hex of the resolved recipe: equal for recipes that mean the same, whatever their comments and layout."""
+    return hashlib.sha256(resolved(recipe).encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema 2020-12 of a recipe, with descriptions, for editors and other tools."""
+    schema = _RecipeKeys.model_json_schema(by_alias=True)
+    schema["$defs"]["ModelKeys"]["properties"]["family"]["enum"] = list(models.names())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _find_manifests(document: Document, recipe: Path) -> dict[str, Path]:
+    """The manifests that the recipe names, by name; one that is nowhere is reported."""
+    found: dict[str, Path] = {}
+    for section in ("calibration", "evaluation"):
+        name = recipe_rules.mapping(document.value, section).get("data")
+        if not isinstance(name, str) or not name:
+            continue
+        file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+        folders = (recipe.parent / ".." / "calibration", Path("calibration"), recipe.parent)
+        path = next((f / file for f in folders if (f / file).is_file()), None)
+        if path is None:
+            known = sorted({p.stem for f in folders[:2] for p in f.glob("*.yaml")})
+            choice = f"choose from: {', '.join(known)}; or give the path of a manifest" if known else "check the path"
+            document.report((section, "data"), f"no data manifest {shown(name)}.{nearest(name, known)}", choice)
+        else:
+            found[name] = path
+    return found
+
+
+def _profiles(shapes: Mapping[str, Any]) -> tuple[Profile, ...]:
+    named = shapes if all(isinstance(v, dict) for v in shapes.values()) else {"default": shapes}
+    return tuple(Profile(n, tuple(Axis(a, *sizes) for a, sizes in axes.items())) for n, axes in named.items())
+
+
+def _variant(name: str, keys: VariantKeys) -> Variant:
+    return Variant(
+        name=name,
+        float_dtype=Precision(keys.float_dtype),
+        weights=Precision(keys.weights) if keys.weights else None,
+        activations=Precision(keys.activations) if keys.activations else None,
+        dynamic=keys.dynamic,
+        symmetric=keys.symmetric,
+        block_size=keys.block_size,
+        method=keys.method,
+        smoothing=keys.smoothing,
+        keep=tuple(keys.keep),
+        compute=dict(keys.compute),
+    )
+
+
+def _variant_plain(variant: Variant) -> dict[str, Any]:
+    """A variant's keys as a recipe writes them: those that mean something for it, defaults included."""
+    plain: dict[str, Any] = {"float": str(variant.float_dtype)}
+    if variant.weights is not None:
+        plain |= {"weights": str(variant.weights), "method": variant.method}
+    if variant.activations is not None:
+        plain |= {"activations": str(variant.activations), "dynamic": variant.dynamic}
+        plain |= {} if variant.dynamic else {"symmetric": variant.symmetric}
+    if variant.block_size is not None:
+        plain["block_size"] = variant.block_size
+    if variant.method == "smoothquant":
+        plain["smoothing"] = variant.smoothing
+    compute: dict[str, Scalar] = dict(sorted(variant.compute.items()))
+    return plain | {"keep": list(variant.keep), "compute": compute}
+
+
+def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys) -> dict[str, Any]:
+    """A section's keys with defaults, less those that are unset or say nothing for its tasks."""
+    plain = keys.model_dump(exclude_none=True)
+    if isinstance(keys, ModelKeys) and "embed" not in keys.tasks:
+        del plain["pooling"], plain["normalize"]
+    return plain

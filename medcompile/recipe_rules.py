@@ -1,0 +1,152 @@
+"""Rules that tie a recipe's keys together: what no single key can get wrong by itself.
+
+They run on the plain values, whether or not each key passed its own check, so that all problems come out at once.
+What one key alone may hold is the schema's business, in recipe.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+from medcompile import metrics
+from medcompile.recipe_yaml import Keys, nearest, shown
+
+Task = Literal["embed", "token-classification", "sequence-classification", "fill-mask"]
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+Broken = Iterator[tuple[Keys, str, str]]
+"""(way to the value, message, fix) for each rule broken."""
+
+
+def broken(value: dict[str, Any]) -> Broken:
+    """Every rule that the recipe breaks. Parts of a wrong type are passed over: the schema tells of them."""
+    model = mapping(value, "model")
+    variants = {str(n): v for n, v in mapping(value, "variants").items() if isinstance(v, dict)}
+    yield from _model_checks(model)
+    yield from _shape_checks(mapping(value, "shapes"))
+    yield from _budget_checks(mapping(value, "budget"), model)
+    for name in mapping(value, "variants"):
+        if not NAME.fullmatch(name):
+            yield ("variants", name), f"variants: {shown(name)} is not a name (a-z, 0-9, . _ -)", "rename the variant"
+    for name, variant in variants.items():
+        yield from _variant_checks(("variants", name), variant)
+    static = [n for n, v in variants.items() if v.get("activations") and v.get("dynamic") is not True]
+    static += [n for n, v in variants.items() if v.get("method") == "smoothquant" and n not in static]
+    calibration = mapping(value, "calibration")
+    if static and value.get("calibration") is None:
+        yield (
+            ("calibration",),
+            f"missing key 'calibration' in the file; variants.{static[0]} needs statistics of activations",
+            "add calibration: {data: <manifest>}, or dynamic: true to the variant",
+        )
+    percentile, method = calibration.get("percentile"), calibration.get("method")
+    if percentile is not None and method != "percentile":
+        yield ("calibration", "percentile"), "calibration.percentile goes with method: percentile", "change the method"
+    if percentile is None and method == "percentile":
+        yield ("calibration", "method"), "calibration.method percentile has no percentile", "add percentile: 99.99"
+
+
+def _model_checks(model: dict[str, Any]) -> Broken:
+    source, revision, tasks = model.get("source"), model.get("revision"), _tasks(model)
+    from_hub = isinstance(source, str) and source.startswith("hf:")
+    if from_hub and revision is None:
+        yield (
+            ("model", "revision"),
+            "missing key 'revision' in model; a hub model is pinned to a commit",
+            "add revision: <the commit's 40 hex digits, on the model page under Files and versions, History>",
+        )
+    elif from_hub and not (isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)):
+        yield (
+            ("model", "revision"),
+            f"model.revision: {shown(revision)} is not a commit (40 of 0-9 a-f); branches and tags can move",
+            "write the full commit, in quotes if it is all digits",
+        )
+    elif isinstance(source, str) and not from_hub and revision is not None:
+        yield ("model", "revision"), "model.revision belongs to hf: sources", "remove it"
+    if tasks and "embed" not in tasks:
+        for key in ("pooling", "normalize"):
+            if key in model:
+                yield ("model", key), f"model.{key} is for the task embed, which is not asked for", "remove it"
+    if model.get("labels") and tasks and not any(t.endswith("-classification") for t in tasks):
+        yield ("model", "labels"), "model.labels is for classification tasks, which are not asked for", "remove it"
+
+
+def _shape_checks(shapes: dict[str, Any]) -> Broken:
+    named = [n for n, v in shapes.items() if isinstance(v, dict)]
+    if named and len(named) < len(shapes):
+        plain = next(n for n in shapes if n not in named)
+        yield ("shapes", plain), "shapes mixes axes and named profiles", f"put {plain} into each profile"
+    groups: list[tuple[Keys, Any]] = [(("shapes", n), shapes[n]) for n in named] or [(("shapes",), shapes)]
+    for way, axes in groups:
+        if not axes and named:
+            yield way, f"{'.'.join(map(str, way))} has no axes", "write for example batch: [1, 8, 64]"
+        for axis, sizes in axes.items():
+            place, example = (*way, axis), f"write {axis}: [min, opt, max], for example [1, 8, 64]"
+            label = ".".join(map(str, place))
+            if isinstance(sizes, dict) and not named:
+                continue
+            whole = isinstance(sizes, list) and all(type(s) is int for s in sizes)
+            if not whole or len(sizes) != 3:
+                yield place, f"{label}: {shown(sizes)} is not three whole numbers", example
+            elif not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+                yield place, f"{label}: {sizes} is not 1 <= min <= opt <= max", f"write {axis}: {sorted(sizes)}"
+
+
+def _budget_checks(budget: dict[str, Any], model: dict[str, Any]) -> Broken:
+    tasks = _tasks(model)
+    for metric in budget if tasks else ():
+        if not any(metrics.is_metric(task, metric) for task in tasks):
+            known = sorted({name for task in tasks for name in metrics.metric_names(task)})
+            yield (
+                ("budget", metric),
+                f"budget: no metric {shown(metric)} for {', '.join(tasks)}.{nearest(metric, known)}",
+                f"choose from: {', '.join(known)}",
+            )
+
+
+def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
+    weights, activations = variant.get("weights"), variant.get("activations")
+    label = ".".join(map(str, way))
+    if activations is not None and weights is None:
+        yield (*way, "activations"), f"{label} quantizes activations but no weights", "add weights: int8"
+    if activations is not None and weights == "int4":
+        yield (*way, "activations"), f"{label}: int4 weights go with float activations", "remove activations"
+    if variant.get("dynamic") is True and activations is None:
+        yield (
+            (*way, "dynamic"),
+            f"{label}: dynamic says how activations are quantized, and they are not",
+            ("add activations: int8, or remove dynamic"),
+        )
+    if variant.get("dynamic") is True and "symmetric" in variant:
+        yield (
+            (*way, "symmetric"),
+            f"{label}: symmetric is for calibrated activations; dynamic ones have none",
+            "remove symmetric",
+        )
+    elif "symmetric" in variant and activations is None:
+        yield (*way, "symmetric"), f"{label}: symmetric is about activations, which stay in float", "remove symmetric"
+    if variant.get("block_size") is not None and weights != "int4":
+        yield (
+            (*way, "block_size"),
+            f"{label}: block_size is for int4 weights; int8 has a scale per channel",
+            ("remove block_size, or write weights: int4"),
+        )
+    if variant.get("method") == "smoothquant" and activations is None:
+        yield (*way, "method"), f"{label}: smoothquant eases activations, which stay in float", "write method: rtn"
+    if "smoothing" in variant and variant.get("method") != "smoothquant":
+        yield (*way, "smoothing"), f"{label}: smoothing goes with method: smoothquant", "add method: smoothquant"
+
+
+def _tasks(model: dict[str, Any]) -> list[str]:
+    """The tasks asked for, or none if one of them is unknown: that is reported already, and nothing follows from it."""
+    asked = model.get("tasks")
+    return asked if isinstance(asked, list) and all(t in get_args(Task) for t in asked) else []
+
+
+def mapping(value: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under key, or an empty one where something else stands there."""
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}
