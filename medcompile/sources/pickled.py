@@ -82,7 +82,8 @@ def _load(source: str, path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except _BAD_PICKLE as error:
-        raise _refusal(source, path, str(error), zipped) from error
+        reason = str(error) if " " in str(error) else type(error).__name__
+        raise _refusal(source, path, reason, zipped) from error
     if not isinstance(loaded, Mapping):
         raise UnsafeWeightsError(
             f"{source}: {path.name} holds a {type(loaded).__name__}, not a table of tensors", fix=_ISOLATE
