@@ -43,7 +43,7 @@ def _name(value: str) -> str:
 def _family(value: str) -> str:
     if value not in models.names():
         known = models.names()
-        raise failure(f"no model family {shown(value)}.{nearest(value, known)}", f"choose from: {', '.join(known)}")
+        raise failure(f"no model family {shown(value)}{nearest(value, known)}", f"choose from: {', '.join(known)}")
     return value
 
 
@@ -323,7 +323,7 @@ def _find_manifests(document: Document, recipe: Path) -> dict[str, Path]:
         if path is None:
             known = sorted({p.stem for f in folders[:2] for p in f.glob("*.yaml")})
             choice = f"choose from: {', '.join(known)}; or give the path of a manifest" if known else "check the path"
-            document.report((section, "data"), f"no data manifest {shown(name)}.{nearest(name, known)}", choice)
+            document.report((section, "data"), f"no data manifest {shown(name)}{nearest(name, known)}", choice)
         else:
             found[name] = path
     return found

@@ -64,7 +64,7 @@ def _model_checks(model: dict[str, Any]) -> Broken:
             f"model.revision: {shown(revision)} is not a commit (40 of 0-9 a-f); branches and tags can move",
             "write the full commit, in quotes if it is all digits",
         )
-    elif isinstance(source, str) and not from_hub and revision is not None:
+    elif isinstance(source, str) and source.startswith(("path:", "package:")) and revision is not None:
         yield ("model", "revision"), "model.revision belongs to hf: sources", "remove it"
     if tasks and "embed" not in tasks:
         for key in ("pooling", "normalize"):
@@ -92,17 +92,21 @@ def _shape_checks(shapes: dict[str, Any]) -> Broken:
             if not whole or len(sizes) != 3:
                 yield place, f"{label}: {shown(sizes)} is not three whole numbers", example
             elif not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
-                yield place, f"{label}: {sizes} is not 1 <= min <= opt <= max", f"write {axis}: {sorted(sizes)}"
+                yield (
+                    place,
+                    f"{label}: {sizes} is not 1 <= min <= opt <= max",
+                    f"write {axis}: {sorted(max(1, s) for s in sizes)}",
+                )
 
 
 def _budget_checks(budget: dict[str, Any], model: dict[str, Any]) -> Broken:
     tasks = _tasks(model)
     for metric in budget if tasks else ():
         if not any(metrics.is_metric(task, metric) for task in tasks):
-            known = sorted({name for task in tasks for name in metrics.metric_names(task)})
+            known = sorted({name.replace("@k", "@1") for task in tasks for name in metrics.metric_names(task)})
             yield (
                 ("budget", metric),
-                f"budget: no metric {shown(metric)} for {', '.join(tasks)}.{nearest(metric, known)}",
+                f"budget: no metric {shown(metric)} for {', '.join(tasks)}{nearest(metric, known)}",
                 f"choose from: {', '.join(known)}",
             )
 
@@ -123,7 +127,7 @@ def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
     if variant.get("dynamic") is True and "symmetric" in variant:
         yield (
             (*way, "symmetric"),
-            f"{label}: symmetric is for calibrated activations; dynamic ones have none",
+            f"{label}: symmetric belongs to calibrated activations, and these are dynamic",
             "remove symmetric",
         )
     elif "symmetric" in variant and activations is None:

@@ -114,9 +114,10 @@ def validate(model: type[M], document: Document) -> M | None:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" for the word most like the given one, or nothing."""
-    found = difflib.get_close_matches(word.lower(), {w.lower(): w for w in words}, n=1, cutoff=0.6)
-    return f" Did you mean {next(w for w in words if w.lower() == found[0])!r}?" if found else ""
+    """ ". Did you mean 'x'?" for the word most like the given one, or nothing."""
+    by_lower = {w.lower(): w for w in words}
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return f". Did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 def failure(message: str, fix: str) -> PydanticCustomError:
@@ -137,7 +138,7 @@ def _text(path: Path, document: Document) -> str | None:
         return None
     if not path.exists():
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        document.report((), f"no such file.{nearest(path.name, beside)}", "check the path")
+        document.report((), f"no such file{nearest(path.name, beside)}", "check the path")
         return None
     try:
         with path.open("rb") as file:
@@ -277,7 +278,9 @@ def _place(document: Document, parts: list[str], value: Any, label: str) -> Keys
             step: str | int = int(parts[0]) if parts[0].isdigit() else -1
             if not 0 <= int(step) <= len(here) - (len(parts) > 1):
                 end = f"an index from 0 to {len(here)}"
-                document.problems.append(Problem(label, 0, 0, f"{_dotted(way)} is a list; {parts[0]!r} is not {end}"))
+                document.problems.append(
+                    Problem(label, 0, 0, f"{_dotted(way)} is a list; {parts[0]!r} is not {end}", "count from 0")
+                )
                 return None
             parts = parts[1:]
         elif isinstance(here, dict):
@@ -313,7 +316,7 @@ def _translate(model: type[BaseModel], document: Document, detail: Mapping[str, 
         home = (
             next((s for s in _sections(model) if way[-1] in _keys_of(_type_at(model, s))), None) if not hint else None
         )
-        message = f"unknown key {str(way[-1])!r} in {_dotted(way[:-1])}.{hint}"
+        message = f"unknown key {str(way[-1])!r} in {_dotted(way[:-1])}{hint}"
         fix = f"move it to {_dotted(home)}" if home is not None else f"keys here: {', '.join(allowed)}"
         document.report(way, message, fix, at_key=True)
     elif kind == "missing":
@@ -322,18 +325,18 @@ def _translate(model: type[BaseModel], document: Document, detail: Mapping[str, 
         )
     elif kind == "literal_error":
         options = [str(o) for o in get_args(_type_at(model, way))]
-        quoted = ' Write "null" in quotes.' if given is None and "null" in options else ""
-        message = f"{name}: {shown(given)} is not known here.{nearest(str(given), options)}{quoted}"
+        quoted = '. Write "null" in quotes.' if given is None and "null" in options else ""
+        message = f"{name}: {shown(given)} is not known here{nearest(str(given), options)}{quoted}"
         document.report(way, message, f"choose from: {', '.join(options)}")
     elif kind == "medcompile":
         document.report(way, f"{name}: {detail['msg']}", context["fix"])
     else:
         bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-        limit = next((f"{words} {context[b]}" for b, words in bounds.items() if b in context), None)
+        limit = next((f"{words} {context[b]:g}" for b, words in bounds.items() if b in context), None)
         if kind in {"too_short", "string_too_short"}:
             message, fix = f"{name} is empty", f"write {name}: {_example(model, way)}"
         elif limit is not None:
-            message, fix = f"{name}: {shown(given)} is not {limit}", f"write a value {limit}"
+            message, fix = f"{name}: {shown(given)} is not {limit}", f"write for example {_example(model, way)}"
         else:
             wanted = _WANTED.get(kind, detail["msg"])
             message, fix = f"{name} must be {wanted}, not {_kind(given)}", f"write {name}: {_example(model, way)}"
