@@ -100,8 +100,9 @@ class Observer:
         self._min, self._max = low.astype(np.float32), high.astype(np.float32)
         self._count += len(rows)
         self._grow(float(max(-low.min(), high.max())))
-        index = ((rows.ravel() + self._reach) * (BINS / 2 / self._reach)).astype(np.int32)
-        self._histogram += np.bincount(np.clip(index, 0, BINS - 1), minlength=BINS)
+        # The factor is a power of two, so that the product is exact and merging bins later changes nothing.
+        index = np.floor(rows.ravel() * np.float32(BINS / 2 / self._reach)).astype(np.int32) + BINS // 2
+        self._histogram += np.bincount(np.minimum(index, BINS - 1), minlength=BINS)
 
     def _grow(self, amax: float) -> None:
         """Double the reach until it covers amax; two old bins fall into one new bin, so no count is lost."""
@@ -156,7 +157,8 @@ def clipping_range(
 
 
 def _centers(statistics: Statistics) -> NDArray[np.float64]:
-    centers: NDArray[np.float64] = (np.arange(BINS) + 0.5) * (2 * statistics.reach / BINS) - statistics.reach
+    width = 2 * statistics.reach / BINS
+    centers: NDArray[np.float64] = (np.arange(BINS, dtype=np.float64) + 0.5) * width - statistics.reach
     return centers
 
 
@@ -209,7 +211,7 @@ def _divergence(statistics: Statistics, low: float, high: float) -> float:
     if not len(inside):
         return np.inf
     first, last = inside[0], inside[-1] + 1
-    p = counts[first:last].copy()
+    p: NDArray[np.float64] = counts[first:last].copy()
     codes = np.floor((centers[first:last] - low) / (high - low) * 256).clip(0, 255).astype(np.int64)
     occupied = p > 0
     mass = np.bincount(codes, p, 256)
@@ -217,6 +219,7 @@ def _divergence(statistics: Statistics, low: float, high: float) -> float:
     p[0] += counts[:first].sum()
     p[-1] += counts[last:].sum()
     q = np.where(occupied, mass[codes] / np.maximum(width[codes], 1), 0)
-    p, q = p / p.sum(), q / max(q.sum(), 1e-30)
+    p /= p.sum()
+    q = q / max(q.sum(), 1e-30)
     support = p > 0
     return float((p[support] * np.log(p[support] / np.maximum(q[support], 1e-12))).sum())

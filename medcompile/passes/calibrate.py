@@ -104,7 +104,7 @@ def _stream(graph: Graph, names: tuple[str, ...], ctx: Context) -> dict[str, Sta
         mask = masks.pop(0)
         for name in names:
             try:
-                observers[name].add(_real_rows(outputs[name], mask))
+                observers[name].add(real_rows(outputs[name], mask))
             except ValueError as error:
                 raise CalibrationError(
                     f"{graph.name}: activation {name} holds {error} on the calibration data",
@@ -127,7 +127,7 @@ def _exposing(model: ir.Model, names: tuple[str, ...]) -> ir.Model:
     return clone
 
 
-def _real_rows(activation: Array, mask: Array | None) -> Array:
+def real_rows(activation: Array, mask: Array | None) -> Array:
     """activation [..., channels] as rows [n, channels], padding left out where mask [batch, sequence] applies."""
     if mask is not None and activation.shape[:2] == mask.shape and activation.ndim == 3:
         rows: Array = activation[mask.astype(bool)]
