@@ -67,4 +67,6 @@ def dynamic_matmuls(
             model, node, "Mul", [output, constant(model, f"{name}/weight_scale", scale)], f"{name}/by_column"
         )
         old.replace_all_uses_with(output, replace_graph_outputs=True)
+        # The graph's own outputs are known by name.
+        output.name, old.name = old.name, None
         model.graph.remove(node, safe=True)
