@@ -114,4 +114,10 @@ class InputError(MedcompileError):
 
 
 class OverBudgetError(MedcompileError):
+    """bundle: the folder that was written all the same, if there is one."""
+
     exit_code = 3
+
+    def __init__(self, message: str, *, fix: str = "", bundle: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.bundle = bundle

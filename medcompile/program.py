@@ -53,16 +53,27 @@ class Program:
     graphs: Mapping[str, Graph]
     stage: Stage
     statistics: Mapping[str, Any] = field(default_factory=dict)
-    trace: tuple[PassRecord, ...] = ()
 
     def with_graphs(self, graphs: Mapping[str, Graph], stage: Stage) -> Program:
         return dataclasses.replace(self, graphs=dict(graphs), stage=stage)
 
 
 class Progress(Protocol):
-    """Where a pass says how far it is. Implemented by cli.py (a live line, JSON lines, or silence)."""
+    """Where a build says how far it is: begin, any number of steps, end. cli.py shows it as live or as JSON lines."""
 
+    def begin(self, name: str) -> None: ...
     def step(self, message: str, done: int = 0, total: int = 0) -> None: ...
+    def end(self, record: PassRecord) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def begin(self, name: str) -> None: ...
+    def step(self, message: str, done: int = 0, total: int = 0) -> None: ...
+    def end(self, record: PassRecord) -> None: ...
+    def note(self, message: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,8 @@ class Variant:
     dynamic: activation scales are taken per token at run time instead of from calibration.
     symmetric: activation zero points are 0 (what TensorRT asks for); False lets them move (CPU targets only).
     block_size: weights share a scale per block of this many inputs; None is one scale per output channel.
-    method: how weights and scales are found (a quantizer's name). smoothing: SmoothQuant's strength in [0, 1].
+    method: how weights and scales are found (a quantizer's name). smoothing: SmoothQuant's strength in [0, 1];
+        None searches it for each tensor.
     keep: glob patterns over node names that stay in float. compute: settings a backend would else choose by itself.
     """
 
@@ -112,7 +113,7 @@ class Variant:
     symmetric: bool = True
     block_size: int | None = None
     method: str = "rtn"
-    smoothing: float = 0.5
+    smoothing: float | None = None
     keep: tuple[str, ...] = ()
     compute: Mapping[str, Scalar] = field(default_factory=dict)
 
@@ -162,6 +163,7 @@ class Evidence:
     margin None: reported only, not judged, and verdict is None. samples counts items, units what was resampled.
     discordant: items whose decision differs from the reference's (None where the metric has no decisions).
     power: chance of "non-inferior" at zero true drop; samples_needed: items for a power of 0.8.
+    note: why a verdict does not follow from the interval alone (a margin below one event).
     """
 
     metric: str
@@ -181,6 +183,7 @@ class Evidence:
     power: float | None = None
     samples_needed: int | None = None
     graph: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

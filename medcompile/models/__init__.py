@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What a recipe says of the model beside its source. max_length None: the model's own limit, in tokens."""
+    """What a recipe says of the model beside its source.
+
+    max_length None: the model's own limit, in tokens. labels empty: those of the checkpoint.
+    """
 
     tasks: tuple[str, ...]
     profiles: tuple[Profile, ...]
     pooling: str = "mean"
     normalize: bool = True
     max_length: int | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,6 @@ def _constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
     import onnx_ir as ir
 
     tensor = ir.tensor(np.array(value, np.int64), name=name)
-    constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     graph.register_initializer(constant)
     return constant

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile.errors import ProfileError, SourceError
+from medcompile.errors import ProfileError, SourceError, UsageError
 from medcompile.models import ModelOptions, Traced
 from medcompile.models._torch import TorchExecutor
 from medcompile.spec import GraphSpec, TensorSpec
@@ -51,8 +51,8 @@ class Bert:
             ids.append(TensorSpec("mask_position", "int64", ("batch",)))
         outputs = {
             "embed": TensorSpec("embedding", "float32", ("batch", int(checkpoint.config["hidden_size"]))),
-            "token-classification": TensorSpec("logits", "float32", ("batch", "sequence", len(_labels(checkpoint)))),
-            "sequence-classification": TensorSpec("logits", "float32", ("batch", len(_labels(checkpoint)))),
+            "token-classification": TensorSpec("logits", "float32", ("batch", "sequence", len(_labels(checkpoint, options)))),
+            "sequence-classification": TensorSpec("logits", "float32", ("batch", len(_labels(checkpoint, options)))),
             "fill-mask": TensorSpec("logits", "float32", ("batch", int(checkpoint.config["vocab_size"]))),
         }
         return GraphSpec(task, tuple(ids), (outputs[task],), options.profiles)
@@ -99,15 +99,15 @@ class Bert:
         }
         _write_json(out / "text.json", text)
         if {"token-classification", "sequence-classification"} & set(options.tasks):
-            _write_json(out / "labels.json", _labels(checkpoint))
+            _write_json(out / "labels.json", _labels(checkpoint, options))
         return notes
 
     def reference(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> Executor:
         import torch
         import transformers
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         cls = getattr(transformers, _CLASSES[task])
         extra = {"add_pooling_layer": False} if task == "embed" else {}
         model = cls.from_pretrained(
@@ -121,12 +121,16 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _labels(checkpoint: Checkpoint) -> list[str]:
+def _labels(checkpoint: Checkpoint, options: ModelOptions) -> list[str]:
     """Label strings by id. transformers writes none for two default labels, which count as LABEL_0 and LABEL_1."""
     table = checkpoint.config.get("id2label")
-    if not table:
-        return [f"LABEL_{i}" for i in range(int(checkpoint.config.get("num_labels", 2)))]
-    return [table[key] for key in sorted(table, key=int)]
+    own = [table[k] for k in sorted(table, key=int)] if table else ["LABEL_0", "LABEL_1"]
+    if options.labels and len(options.labels) != len(own):
+        raise UsageError(
+            f"model.labels names {len(options.labels)} labels, the checkpoint has {len(own)}: {', '.join(own)}",
+            fix="give one name per label of the checkpoint, in the order of their ids",
+        )
+    return list(options.labels) or own
 
 
 def _build(checkpoint: Checkpoint, task: str) -> Any:
@@ -176,7 +180,7 @@ def _wrapper(model: Any, task: str, pooling: str) -> Any:
 
 
 def _match(parameters: Mapping[str, Any], tensors: Mapping[str, Any], task: str) -> dict[str, str]:
-    """The checkpoint's name for each parameter: task models have a `bert.` prefix, bare BertModel checkpoints lack it."""
+    """The checkpoint's name for each parameter; bare BertModel checkpoints lack the `bert.` that task models have."""
     found: dict[str, str] = {}
     missing: list[str] = []
     for name, parameter in parameters.items():

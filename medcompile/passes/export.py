@@ -67,6 +67,8 @@ def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOpt
 
 def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, Any], task: str) -> None:
     """Point every initializer at its bytes in the checkpoint. One that has no bytes is a fault of the family's file."""
+    import ml_dtypes
+    import numpy as np
     import onnx_ir as ir
 
     graph = model.graph
@@ -83,7 +85,7 @@ def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, 
             )
         ref = tensors[stored]
         wanted = value.dtype
-        dtype = ir.DataType.from_short_name(ref.dtype.lower())
+        dtype = ir.DataType.from_numpy(np.dtype(getattr(ml_dtypes, ref.dtype, ref.dtype)))
         value.const_value = ir.ExternalTensor(
             ref.file.name,
             ref.offset,

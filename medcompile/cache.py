@@ -1,0 +1,117 @@
+"""The build cache: content-addressed folders, one per finished step, each complete or absent.
+
+A step's key is a digest over everything that decides its result, so an entry never goes stale and is never changed.
+An entry is filled under a temporary name and renamed when it is whole: a killed build leaves no half entry, and two
+builds that make the same one both end with it. What is inside an entry is the business of whoever made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medcompile import manifest, onnx_files, statistics
+from medcompile.program import Graph, Program
+from medcompile.spec import GraphSpec, Stage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_ABANDONED_S = 24 * 3600
+
+
+def key(*parts: object) -> str:
+    """A digest over JSON-able parts, in order."""
+    text = json.dumps(manifest.encode(parts), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Finished steps under root. Safe for any number of processes at once."""
+
+    root: Path
+
+    def entry(self, name: str) -> Path | None:
+        """The folder of that key, if the step was finished once."""
+        folder = self.root / name[:2] / name
+        return folder if folder.is_dir() else None
+
+    def put(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Let fill write into an empty folder, and keep that folder under the key. Returns where it lies then."""
+        self._remove_abandoned()
+        place = self.root / name[:2] / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.root / f"tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        fresh.mkdir()
+        try:
+            fill(fresh)
+            try:
+                fresh.rename(place)
+            except OSError:
+                if not place.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return place
+
+    def _remove_abandoned(self) -> None:
+        """Temporary folders of builds that were killed long ago; a running build touches its own all the time."""
+        for folder in self.root.glob("tmp-*"):
+            try:
+                abandoned = time.time() - folder.stat().st_mtime > _ABANDONED_S
+            except FileNotFoundError:
+                continue
+            if abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_program(program: Program, folder: Path) -> None:
+    """Graphs, weights and statistics of a program. An exported program's weights stay in the checkpoint."""
+    import numpy as np
+
+    models = {name: graph.model for name, graph in program.graphs.items()}
+    onnx_files.save(models, folder, keep_references=program.stage is Stage.EXPORTED)
+    for graph, tensors in program.statistics.items():
+        arrays = {
+            f"{tensor}\t{part}": array
+            for tensor, s in tensors.items()
+            for part, array in statistics.to_arrays(s).items()
+        }
+        np.savez(folder / f"{graph}.statistics.npz", **arrays)  # type: ignore[arg-type]
+    face = {
+        "family": program.family,
+        "stage": program.stage.name,
+        "graphs": {name: manifest.encode(graph.spec) for name, graph in program.graphs.items()},
+        "statistics": sorted(program.statistics),
+    }
+    (folder / "program.json").write_text(json.dumps(face, sort_keys=True), encoding="utf-8")
+
+
+def read_program(folder: Path) -> Program:
+    """What write_program() wrote, weights memory-mapped."""
+    face = json.loads((folder / "program.json").read_text(encoding="utf-8"))
+    graphs = {}
+    for name, spec in face["graphs"].items():
+        graphs[name] = Graph(manifest.decode(GraphSpec, spec, name), onnx_files.load(folder / f"{name}.onnx"))
+    read = {graph: _read_statistics(folder / f"{graph}.statistics.npz") for graph in face["statistics"]}
+    return Program(face["family"], graphs, Stage[face["stage"]], read)
+
+
+def _read_statistics(path: Path) -> Mapping[str, Any]:
+    import numpy as np
+
+    tensors: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            tensor, _, part = name.partition("\t")
+            tensors.setdefault(tensor, {})[part] = arrays[name]
+    return {tensor: statistics.from_arrays(parts) for tensor, parts in tensors.items()}

@@ -1,0 +1,304 @@
+"""The command line. Every heavy import is inside its command, so that --help costs what typer costs.
+
+Data goes to stdout (--json for machines), everything else to stderr. Exit codes: 0 good, 1 failed, 2 wrong usage or
+recipe, 3 built but over budget.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from medcompile import __version__
+from medcompile.errors import InputError, MedcompileError, UsageError
+
+if TYPE_CHECKING:
+    import click
+
+    from medcompile.bundle import Bundle
+    from medcompile.runtime.session import Session
+
+
+class _Group(TyperGroup):
+    """Turns this project's errors into a message on stderr and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MedcompileError as error:
+            name = type(error).__name__
+            text = str(error) if name == "RecipeError" else f"{name}: {error}"
+            sys.stderr.write(f"{text}\n")
+            raise typer.Exit(error.exit_code) from error
+        except BrokenPipeError:
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A compiler for medical models: quantized, typed ONNX and engines, with the evidence that accuracy held.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON for machines to stdout.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more on stderr.")]
+BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder, such as engines/quickstart.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to run on; default: every core.")]
+
+
+def main() -> None:
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, such as recipes/quickstart.yaml.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the bundle goes; default engines/NAME.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the recipe.")
+    ] = None,
+    offline: Annotated[bool, typer.Option(help="Fetch nothing; use what is already here.")] = False,
+    allow_phi: Annotated[bool, typer.Option(help="Read data whose manifest says phi: present, in this run.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="The cache folder; default $MEDCOMPILE_CACHE.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compile a recipe into a bundle and show the evidence."""
+    from medcompile import bundle, pipeline, terminal
+    from medcompile.errors import OverBudgetError
+
+    failure: OverBudgetError | None = None
+    try:
+        built = pipeline.build(
+            recipe,
+            out=out,
+            overrides=settings or (),
+            offline=offline,
+            allow_phi=allow_phi,
+            cache_folder=cache,
+            progress=terminal.progress(as_json, verbose),
+        )
+    except OverBudgetError as error:
+        failure = error
+        built = bundle.read(error.bundle, check=False)
+    if as_json:
+        typer.echo(json.dumps(_summary(built), indent=1))
+    else:
+        terminal.stderr().print(terminal.evidence_table(built.artifacts, f"{built.name}: {built.root}", judged_only=True))
+        typer.echo(built.root)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Show a bundle: graphs, variants, sizes, and which operators run in which precision."""
+    from rich.console import Console
+
+    from medcompile import bundle, terminal
+
+    found = bundle.read(bundle_path)
+    layers = json.loads((found.root / "layers.json").read_text(encoding="utf-8"))
+    if as_json:
+        typer.echo(json.dumps(_summary(found) | {"layers": layers}, indent=1))
+        return
+    console = Console()
+    source = found.provenance.get("source", "")
+    console.print(
+        terminal.facts(
+            [
+                ("bundle", f"{found.name} ({found.root})"),
+                ("digest", found.digest),
+                ("family", f"{found.family}: {', '.join(found.tasks)}"),
+                ("source", f"{source} {found.provenance.get('revision', '')}"),
+                *((f"graph {g.name}", _face(found, g.name)) for g in found.graphs.values()),
+            ]
+        )
+    )
+    console.print(terminal.size_table(found))
+    console.print(terminal.layer_table(layers))
+    console.print(terminal.evidence_table(found.artifacts, "evidence", judged_only=not verbose))
+    for note in found.provenance.get("notes", ()):
+        console.print(f"note: {note}", markup=False)
+
+
+@app.command()
+def verify(
+    bundle_path: BundlePath,
+    data: Annotated[
+        Path | None, typer.Option(help="Manifest of the evaluation data; default: calibration/NAME.yaml here.")
+    ] = None,
+    digests_only: Annotated[bool, typer.Option(help="Check the files alone, and run nothing.")] = False,
+    allow_phi: Annotated[bool, typer.Option(help="Read data whose manifest says phi: present, in this run.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every digest, then make the accuracy evidence again on this machine."""
+    from medcompile import bundle, terminal
+
+    found = bundle.read(bundle_path)
+    terminal.stderr().print(f"{len(found.files)} files have the digests of the manifest", markup=False)
+    if digests_only:
+        if as_json:
+            typer.echo(json.dumps({"digest": found.digest, "files": len(found.files)}))
+        return
+    from medcompile import data as datasets
+    from medcompile import verify as verification
+
+    manifest = data or Path("calibration") / f"{found.provenance['evaluation']['name']}.yaml"
+    if not manifest.is_file():
+        raise UsageError(
+            f"the evidence can't be made again: no manifest {manifest} of the evaluation data",
+            fix="name it with --data FILE, or check the files alone with --digests-only",
+        )
+    repeated = verification.repeat(found, datasets.read(datasets.load_manifest(manifest), allow_phi=allow_phi), threads)
+    made = [r.artifact for r in repeated if not r.reason]
+    if as_json:
+        typer.echo(json.dumps([_artifact(r.artifact) | {"reason": r.reason} for r in repeated], indent=1))
+    else:
+        terminal.stderr().print(terminal.evidence_table(made, f"{found.name}, on this machine"))
+    for r in repeated:
+        if r.reason:
+            terminal.stderr().print(
+                f"{r.artifact.variant} for {r.artifact.target.name} not run here: {r.reason}", markup=False
+            )
+    worse = [r.artifact for r in repeated if not r.reason and r.artifact.verdict != r.recorded]
+    if not made or worse:
+        names = ", ".join(f"{a.variant} on {a.target.name}: {a.verdict}" for a in worse) or "nothing could be run"
+        raise MedcompileError(
+            f"the evidence of {found.name} does not hold on this machine ({names})",
+            fix="rebuild the bundle on this machine, or use an artifact whose verdict holds",
+        )
+
+
+@app.command()
+def run(
+    bundle_path: BundlePath,
+    text: Annotated[list[str] | None, typer.Argument(help="Texts; none, or -, reads stdin as one text.")] = None,
+    file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that holds one text.")] = None,
+    task: Annotated[str | None, typer.Option(help="Which of the bundle's tasks; default: its first.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, a target or a backend.")] = "auto",
+    variant: Annotated[str, typer.Option(help="auto, or a variant's name.")] = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a bundle on texts: entities, classes, masked words, or vectors."""
+    from medcompile.runtime.session import load
+
+    texts: list[str | bytes] = [*(text or ())]
+    texts += [_read(path) for path in file or ()]
+    if not texts or texts == ["-"]:
+        texts = [sys.stdin.buffer.read()]
+    with load(bundle_path, backend=backend, variant=variant, threads=threads) as session:
+        chosen = task or session.bundle.tasks[0]
+        answers = _answers(session, chosen, texts)
+    for answer in answers:
+        typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _told(chosen, answer))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can build and run, and the exact fix for what it can't."""
+    from rich.console import Console
+
+    from medcompile import terminal
+    from medcompile.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([asdict(f) for f in findings], indent=1))
+        return
+    Console().print(
+        terminal.facts(
+            (f.what, ("[green]yes[/green] " if f.good else "[yellow]no[/yellow]  ") + f.told()) for f in findings
+        )
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for completion in editors."""
+    from medcompile.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+# ---- what the commands print
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", fix="check the path after --file") from error
+
+
+def _answers(session: Session, task: str, texts: list[str | bytes]) -> list[Any]:
+    """One JSON-able answer per text."""
+    if task == "embed":
+        return [row.tolist() for row in session.embed(texts)]
+    if task == "token-classification":
+        return [[asdict(entity) for entity in found] for found in session.extract(texts)]
+    if task == "sequence-classification":
+        return [[asdict(score) for score in scores] for scores in session.classify(texts)]
+    if task == "fill-mask":
+        return [[[asdict(fill) for fill in fills] for fills in session.fill_mask(t)] for t in texts]
+    raise UsageError(f"no task {task!r} in this bundle", fix=f"choose from: {', '.join(session.bundle.tasks)}")
+
+
+def _told(task: str, answer: Any) -> str:
+    if task == "embed":
+        head = " ".join(f"{x:+.4f}" for x in answer[:8])
+        return f"[{len(answer)}] {head} ..."
+    if task == "token-classification":
+        lines = (f"{e['start']:>6} {e['end']:>6}  {e['score']:.3f}  {e['label']:<20} {e['text']}" for e in answer)
+        return "\n".join(lines) or "no entities"
+    if task == "sequence-classification":
+        return "\n".join(f"{s['score']:.3f}  {s['label']}" for s in answer)
+    return "\n\n".join("\n".join(f"{f['score']:.3f}  {f['token']}" for f in fills) for fills in answer)
+
+
+def _face(found: Bundle, graph: str) -> str:
+    spec = found.graphs[graph]
+    sides = [", ".join(f"{t.name} {t.dtype}{list(t.shape)}" for t in side) for side in (spec.inputs, spec.outputs)]
+    ranges = ", ".join(f"{a.name} {a.min}..{a.max} (opt {a.opt})" for p in spec.profiles for a in p.axes)
+    return f"{sides[0]} -> {sides[1]}; {ranges}".replace("'", "")
+
+
+def _summary(found: Bundle) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "root": str(found.root),
+        "digest": found.digest,
+        "family": found.family,
+        "tasks": list(found.tasks),
+        "graphs": {name: asdict(spec) for name, spec in found.graphs.items()},
+        "variants": {name: asdict(variant) for name, variant in found.variants.items()},
+        "artifacts": [_artifact(a) for a in found.artifacts],
+        "provenance": dict(found.provenance),
+    }
+
+
+def _artifact(artifact: Any) -> dict[str, Any]:
+    return asdict(artifact) | {"verdict": artifact.verdict}

@@ -1,0 +1,167 @@
+"""What the command line shows: build progress, evidence and layer tables. Data goes to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from medcompile.program import PassRecord, Progress
+from medcompile.spec import Artifact, Verdict
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from medcompile.bundle import Bundle
+
+_COLORS = {Verdict.NON_INFERIOR: "green", Verdict.INFERIOR: "red", Verdict.INCONCLUSIVE: "yellow", None: "dim"}
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+class LiveProgress:
+    """One line per step with its time and peak memory; where stderr is a terminal, the running one is live."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._console = stderr()
+        self._verbose = verbose
+        self._status: Status | None = None
+        self._name = ""
+
+    def begin(self, name: str) -> None:
+        self._name = name
+        if self._console.is_terminal:
+            self._status = self._console.status(name)
+            self._status.start()
+        elif self._verbose:
+            self._console.print(f"{name} ...")
+
+    def step(self, message: str, done: int = 0, total: int = 0) -> None:
+        counted = f" {done}/{total}" if total else ""
+        if self._status is not None:
+            self._status.update(f"{self._name}{counted} [dim]{message}[/dim]")
+        elif self._verbose:
+            self._console.print(f"  {self._name}{counted} {message}", markup=False)
+
+    def end(self, record: PassRecord) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        if not record.cached:
+            figures = f"{record.seconds:7.2f} s  {record.peak_rss_bytes / 2**20:6.0f} MiB"
+            self._console.print(f"{record.name:<44}{figures}", markup=False)
+        elif self._verbose:
+            self._console.print(f"{record.name:<44} cached", markup=False)
+
+    def note(self, message: str) -> None:
+        self._console.print(f"note: {message}", markup=False)
+
+
+class JsonProgress:
+    """One JSON object per event on stderr, for other programs."""
+
+    def begin(self, name: str) -> None:
+        self._write(event="begin", name=name)
+
+    def step(self, message: str, done: int = 0, total: int = 0) -> None:
+        self._write(event="step", message=message, done=done, total=total)
+
+    def end(self, record: PassRecord) -> None:
+        self._write(
+            event="end",
+            name=record.name,
+            key=record.key,
+            seconds=round(record.seconds, 4),
+            peak_rss_bytes=record.peak_rss_bytes,
+            cached=record.cached,
+        )
+
+    def note(self, message: str) -> None:
+        self._write(event="note", message=message)
+
+    def _write(self, **fields: str | int | float | bool) -> None:
+        sys.stderr.write(json.dumps(fields) + "\n")
+
+
+def progress(as_json: bool, verbose: bool) -> Progress:
+    return JsonProgress() if as_json else LiveProgress(verbose)
+
+
+def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool = False) -> Table:
+    """One row per artifact and metric: reference, value, difference with its bound, verdict, power."""
+    table = Table(title=title, title_justify="left")
+    for name in ("variant", "target", "metric"):
+        table.add_column(name)
+    for name in ("reference", "value", "difference", "lower bound", "margin", "n"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    table.add_column("power (n for 0.8)", justify="right")
+    for artifact in artifacts:
+        shown = [e for e in artifact.evidence if e.margin is not None or not judged_only]
+        for i, e in enumerate(shown):
+            power = "" if e.power is None else f"{e.power:.2f}"
+            needed = f" ({e.samples_needed})" if e.samples_needed is not None else ""
+            color = _COLORS[e.verdict]
+            table.add_row(
+                artifact.variant if i == 0 else "",
+                artifact.target.name if i == 0 else "",
+                e.metric,
+                f"{e.reference:.4f}",
+                f"{e.value:.4f}",
+                f"{e.difference:+.4f}",
+                f"{e.lower:+.4f}",
+                "" if e.margin is None else f"{e.margin:g}",
+                str(e.samples),
+                f"[{color}]{e.verdict or 'reported'}[/{color}]",
+                power + needed,
+            )
+    return table
+
+
+def size_table(bundle: Bundle) -> Table:
+    """One row per artifact: size on disk, latency where measured, verdict."""
+    table = Table(title="artifacts", title_justify="left")
+    for name in ("variant", "target", "graph"):
+        table.add_column(name)
+    for name in ("size MB", "latency ms"):
+        table.add_column(name, justify="right")
+    for name in ("verdict", "verified on", "library"):
+        table.add_column(name)
+    for a in bundle.artifacts:
+        size = sum(bundle.files[p].size for p in bundle.under(bundle.folder_of(a)))
+        latency = "" if a.latency_ms is None else f"{a.latency_ms:.1f}"
+        verdict = f"[{_COLORS[a.verdict]}]{a.verdict or 'not judged'}[/{_COLORS[a.verdict]}]"
+        library = f"{a.target.backend} {a.target.version}"
+        table.add_row(a.variant, a.target.name, a.graph, f"{size / 1e6:.1f}", latency, verdict, a.verified_on, library)
+    return table
+
+
+def layer_table(layers: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]]) -> Table:
+    """Counts of operators by precision, per variant and graph."""
+    table = Table(title="operators by precision", title_justify="left")
+    for name in ("variant", "graph", "operator", "precision"):
+        table.add_column(name)
+    table.add_column("count", justify="right")
+    for variant, graphs in layers.items():
+        for graph, rows in graphs.items():
+            counts = Counter((row["op"], row["precision"]) for row in rows)
+            for (op, precision), count in sorted(counts.items()):
+                table.add_row(variant, graph, op, precision, str(count))
+    return table
+
+
+def facts(rows: Iterable[tuple[str, Any]]) -> Table:
+    """Two columns without a frame: a name and what it is."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, str(value))
+    return table
