@@ -170,11 +170,17 @@ class VariantKeys(_Keys):
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         default=None, description="int4 only: this many inputs share a scale.", examples=["128"]
     )
-    method: Literal["rtn", "smoothquant"] = Field(
-        default="rtn", description="How weights and scales are found.", examples=["rtn"]
+    method: Literal["rtn", "smoothquant"] | None = Field(
+        default=None,
+        description="How weights and scales are found; if not given, smoothquant for static int8, else rtn.",
+        examples=["rtn"],
     )
-    smoothing: float = Field(
-        default=0.5, ge=0, le=1, description="smoothquant only: how much moves to the weights.", examples=["0.5"]
+    smoothing: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="smoothquant only: how much moves to the weights; searched for each tensor if not given.",
+        examples=["0.5"],
     )
     keep: list[str] = Field(
         default_factory=list, description="Glob patterns over node names that stay in float.", examples=['["*pooler*"]']
@@ -343,7 +349,7 @@ def _variant(name: str, keys: VariantKeys) -> Variant:
         dynamic=keys.dynamic,
         symmetric=keys.symmetric,
         block_size=keys.block_size,
-        method=keys.method,
+        method=keys.method or ("smoothquant" if keys.activations and not keys.dynamic else "rtn"),
         smoothing=keys.smoothing,
         keep=tuple(keys.keep),
         compute=dict(keys.compute),
