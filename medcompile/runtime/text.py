@@ -109,7 +109,6 @@ class TextAssets:
         *,
         max_length: int,
         pad_id: int = 0,
-        pooling: str = "mean",
         normalize: bool = False,
         mask_token: str | None = None,
         multi_label: bool = False,
@@ -119,7 +118,6 @@ class TextAssets:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.pad_id = pad_id
-        self.pooling = pooling
         self.normalize = normalize
         self.mask_token = mask_token
         self.mask_id: int | None = tokenizer.token_to_id(mask_token) if mask_token else None
@@ -144,7 +142,6 @@ class TextAssets:
                 tokenizer,
                 max_length=int(facts["max_length"]),
                 pad_id=int(facts["pad_id"]),
-                pooling=str(facts["pooling"]),
                 normalize=bool(facts["normalize"]),
                 mask_token=facts["mask_token"],
                 multi_label=bool(facts.get("multi_label", False)),

@@ -49,6 +49,12 @@ def test_embeddings_come_back_in_order_whatever_the_lengths_of_their_batch_mates
     np.testing.assert_allclose(got, [alone("embed", t) for t in texts], rtol=1e-6)
 
 
+def test_rows_that_only_fill_a_batch_up_to_the_profiles_min_do_not_count() -> None:
+    graph = spec("embed", batch=(4, 4, 8))
+    got = Encoder(text_assets(), {"embed": FakeExecutor(graph)}, {"embed": graph}).embed(["chest pain", "", "no"])
+    np.testing.assert_allclose(got, [alone("embed", t) for t in ("chest pain", "", "no")], rtol=1e-6)
+
+
 def test_a_single_text_embeds_to_one_row_and_no_text_to_none() -> None:
     assert encoder().embed("chest pain").shape == (1, HIDDEN)
     assert encoder().embed([]).shape == (0, HIDDEN)

@@ -210,6 +210,15 @@ def test_a_pair_of_variant_and_target_without_every_graph_is_no_choice(
     assert medcompile.load(tmp_path / "b").variant.name == "fp32"
 
 
+def test_a_variant_is_eligible_only_if_every_one_of_its_graphs_is(tmp_path: Path, fake: dict[str, FakeBackend]) -> None:
+    tasks = ("embed", "token-classification")
+    for second in (None, UNSURE, BAD):
+        every = [artifact("int8", GOOD, graph=tasks[0]), artifact("int8", second, graph=tasks[1])]
+        write(tmp_path / "b", contents(every, tasks))
+        with pytest.raises(OverBudgetError):
+            medcompile.load(tmp_path / "b")
+
+
 def test_a_session_knows_its_bundle(tmp_path: Path, fake: dict[str, FakeBackend]) -> None:
     written = write(tmp_path / "b", contents())
     with medcompile.load(tmp_path / "b") as session:
