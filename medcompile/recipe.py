@@ -349,7 +349,7 @@ def _variant(name: str, keys: VariantKeys) -> Variant:
         dynamic=keys.dynamic,
         symmetric=keys.symmetric,
         block_size=keys.block_size,
-        method=keys.method or ("smoothquant" if keys.activations and not keys.dynamic else "rtn"),
+        method=recipe_rules.method_of(keys.method, keys.activations, keys.dynamic),
         smoothing=keys.smoothing,
         keep=tuple(keys.keep),
         compute=dict(keys.compute),
@@ -366,7 +366,7 @@ def _variant_plain(variant: Variant) -> dict[str, Any]:
         plain |= {} if variant.dynamic else {"symmetric": variant.symmetric}
     if variant.block_size is not None:
         plain["block_size"] = variant.block_size
-    if variant.method == "smoothquant":
+    if variant.smoothing is not None:
         plain["smoothing"] = variant.smoothing
     compute: dict[str, Scalar] = dict(sorted(variant.compute.items()))
     return plain | {"keep": list(variant.keep), "compute": compute}

@@ -49,6 +49,11 @@ def broken(value: dict[str, Any]) -> Broken:
         yield ("calibration", "method"), "calibration.method percentile has no percentile", "add percentile: 99.99"
 
 
+def method_of(method: str | None, activations: object, dynamic: object) -> str:
+    """The quantizer of a variant: the one it names, else smoothquant for calibrated activations and rtn otherwise."""
+    return method or ("smoothquant" if activations is not None and dynamic is not True else "rtn")
+
+
 def _model_checks(model: dict[str, Any]) -> Broken:
     source, revision, tasks = model.get("source"), model.get("revision"), _tasks(model)
     from_hub = isinstance(source, str) and source.startswith("hf:")
@@ -140,8 +145,9 @@ def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
         )
     if variant.get("method") == "smoothquant" and activations is None:
         yield (*way, "method"), f"{label}: smoothquant eases activations, which stay in float", "write method: rtn"
-    if "smoothing" in variant and variant.get("method") != "smoothquant":
-        yield (*way, "smoothing"), f"{label}: smoothing goes with method: smoothquant", "add method: smoothquant"
+    method = method_of(variant.get("method"), activations, variant.get("dynamic"))
+    if variant.get("smoothing") is not None and method != "smoothquant":
+        yield (*way, "smoothing"), f"{label}: smoothing goes with method: smoothquant", "remove smoothing"
 
 
 def _tasks(model: dict[str, Any]) -> list[str]:

@@ -49,7 +49,7 @@ class Document:
         for length in range(len(way), -1, -1):
             here = way[:length]
             for target, text in reversed(self.overrides):
-                if target == here:
+                if target == here or (target[:length] == here and here not in self.value_marks):
                     self.problems.append(Problem(text, 0, 0, message, fix))
                     return
             marks = self.key_marks if at_key and here in self.key_marks else self.value_marks
@@ -252,7 +252,10 @@ def _construct(node: yaml.Node | None, way: Keys, document: Document) -> Any:
                 return read(node.value)
         except ValueError:
             pass  # an explicit tag over text of another type: reported below
-    document.report(way, f"tag {shown(node.tag)} is not used here", "remove the tag")
+    if kind in _SCALARS and isinstance(node, yaml.ScalarNode):
+        document.report(way, f"{shown(node.value)} can't be read as {kind}", "write a plain value")
+    else:
+        document.report(way, f"tag {shown(node.tag)} is not used here", "remove the tag")
     return None
 
 
@@ -400,12 +403,12 @@ def _sections(model: type[BaseModel]) -> list[Keys]:
 
 
 def _example(model: type[BaseModel], way: Keys) -> str:
-    parent = _type_at(model, way[:-1])
+    parent, declared_type = _type_at(model, way[:-1]), _type_at(model, way)
     if isinstance(parent, type) and issubclass(parent, BaseModel):
         for name, declared in parent.model_fields.items():
             if (declared.alias or name) == way[-1] and declared.examples:
                 return str(declared.examples[0])
-    return "..."
+    return "{}" if isinstance(declared_type, type) and issubclass(declared_type, BaseModel) else "..."
 
 
 def _position(text: str, offset: int) -> tuple[int, int]:

@@ -89,6 +89,18 @@ def test_a_good_recipe_becomes_the_types_of_spec(folder: Path) -> None:
     assert loaded.manifests["pairs"].samefile(folder / "calibration" / "pairs.yaml")
 
 
+def test_calibrated_activations_are_smoothed_unless_the_variant_says_otherwise(folder: Path) -> None:
+    given = ("variants.dynamic={weights: int8, activations: int8, dynamic: true}", "variants.w8={weights: int8}")
+    loaded = recipe.load(write(folder, GOOD), given)
+    assert [loaded.variant(n).method for n in ("int8", "dynamic", "w8", "fp32")] == ["smoothquant", "rtn", "rtn", "rtn"]
+    assert loaded.variant("int8").smoothing is None
+    plain = recipe.load(write(folder, GOOD), ("variants.int8.method=rtn",))
+    assert plain.variant("int8").method == "rtn"
+    fixed = recipe.load(write(folder, GOOD), ("variants.int8.smoothing=0.75",))
+    assert fixed.variant("int8").smoothing == 0.75
+    assert recipe.load(write(folder, recipe.resolved(fixed))) == fixed
+
+
 def test_named_profiles_keep_their_names(folder: Path) -> None:
     axes = "  {}: {{batch: [1, 1, 8], sequence: [8, 64, 128]}}\n"
     text = GOOD.replace("  batch: [1, 8, 64]\n  sequence: [8, 128, 512]\n", axes.format("short") + axes.format("long"))
@@ -108,6 +120,8 @@ BAD = {
     "yes for true": (("symmetric: false", "symmetric: no"), (25, 16), "must be true or false, not the text 'no'", ""),
     "list for a mapping": (("evaluation:\n  data: pairs", "evaluation: [pairs]"), (16, 13), "must be a mapping", ""),
     "text for a list": (("[embed]", "embed"), (5, 10), "must be a list, not the text 'embed'", "[embed]"),
+    "endless number": (("samples: 64", "samples: " + "9" * 5000), (14, 12), "can't be read as int", "plain"),
+    "nothing for a variant": (("fp32: {}", "fp32:"), (21, 8), "must be a mapping of keys to values, not nothing", "fp32: {}"),
     "nothing for a section": (("model:\n", "unused:\n"), (3, 1), "unknown key 'unused'", "keys here"),
     "wrong task": (("[embed]", "[embedd]"), (5, 11), "'embedd' is not known here. Did you mean 'embed'?", "fill-mask"),
     "task twice": (("[embed]", "[embed, embed]"), (5, 10), "'embed' stands here twice", "once"),
@@ -149,7 +163,7 @@ BAD = {
     "dynamic without activations": (("fp32: {}", "fp32: {dynamic: true}"), (21, 19), "and they are not", "activations: int8"),
     "symmetric without activations": (("fp32: {}", "fp32: {symmetric: false}"), (21, 21), "stay in float", ""),
     "smoothquant on float": (("fp32: {}", "fp32: {method: smoothquant}"), (21, 18), "stay in float", "rtn"),
-    "smoothing without smoothquant": (("symmetric: false", "smoothing: 0.5"), (25, 16), "goes with method: smoothquant", ""),
+    "smoothing without smoothquant": (("symmetric: false", "smoothing: 0.5\n    method: rtn"), (25, 16), "goes with method: smoothquant", ""),
     "compute with a list": (("fp32: {}", "fp32: {compute: {a: [1]}}"), (21, 19), "a is neither text", ""),
     "no calibration": (("calibration:\n  data: notes\n  samples: 64\n  method: mse\n", ""), (1, 1), "variants.int8 needs statistics", "dynamic: true"),
     "percentile unused": (("method: mse", "method: mse\n  percentile: 99.9"), (16, 15), "goes with method: percentile", ""),
@@ -293,6 +307,7 @@ def test_an_override_finds_names_that_hold_dots_and_appends_to_lists(folder: Pat
         ("name=[", "not valid YAML"),
         ("model.tasks.0=embedd", "Did you mean 'embed'?"),
         ("shapes.batch=[3, 2, 1]", "is not 1 <= min"),
+        ("bogus.deep.key=1", "unknown key 'bogus' in the file"),
     ],
 )
 def test_a_bad_override_is_named_by_its_own_words(folder: Path, setting: str, message: str) -> None:
