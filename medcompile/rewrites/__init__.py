@@ -1,0 +1,70 @@
+"""Rewrites: from the typed graph into a backend's own, faster dialect, at build time.
+
+One file per dialect, called by the backend's build(). What a rewrite finds it finds by structure, not by name, and a
+pattern that is not there leaves the graph as it was: every backend runs the standard operators too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node of that standard operator that makes value, or None."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op_type and node.domain in ("", "ai.onnx") else None
+
+
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads value, once, if it is of that standard operator; None where value leaves the graph."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    node = uses[0].node
+    return node if node.op_type == op_type and node.domain in ("", "ai.onnx") else None
+
+
+def stored(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The array of an initializer, memory-mapped where it is large; None for what the graph computes."""
+    return value.const_value.numpy() if value is not None and value.const_value is not None else None
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The input of a binary node that is not value."""
+    first, second = node.inputs
+    return second if first is value else first
+
+
+def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    """The initializer called name, registered with array if there is none yet."""
+    import onnx_ir as ir
+
+    found = model.graph.initializers.get(name)
+    if found is not None:
+        return found
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def insert(
+    model: ir.Model,
+    before: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value | None],
+    name: str,
+    attributes: dict[str, Any] | None = None,
+    domain: str = "",
+) -> ir.Value:
+    """Put a node with one output in front of another, and return that output."""
+    import onnx_ir as ir
+
+    node = ir.node(op_type, inputs, attributes or {}, domain=domain, name=name)
+    node.outputs[0].name = f"{name}/output"
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
