@@ -25,7 +25,7 @@ from medcompile.metrics.samples import PairedFlips, PairedTotals, UnitTotals
 from medcompile.metrics.tasks import COSINE_RESOLUTION, per_unit
 from medcompile.spec import Margin, Verdict
 
-RESAMPLES = 2_000
+RESAMPLES = 1_000
 CONFIDENCE = 0.95
 Draw = Callable[[np.random.Generator, float], PairedFlips | PairedTotals]
 
@@ -150,7 +150,7 @@ def percentile_says_non_inferior(sample: PairedFlips | PairedTotals, margin: flo
         totals = resampled_totals(rows, RESAMPLES)
         differences = totals[:, 0] / totals[:, 1]
     else:
-        totals, width = sample.totals.resampled, sample.totals.reference.shape[1]
+        totals, width = resampled_totals(sample.totals.rows, RESAMPLES), sample.totals.reference.shape[1]
         differences = sample.score(totals[:, :1], totals[:, 1 + width :]) - sample.score(
             totals[:, :1], totals[:, 1 : 1 + width]
         )

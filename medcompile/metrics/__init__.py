@@ -42,7 +42,7 @@ def is_metric(task: str, name: str) -> bool:
     return _metric(task, name) is not None
 
 
-def evaluate(  # noqa: PLR0917
+def evaluate(
     task: str,
     margins: Sequence[Margin],
     reference: Predictions,

@@ -19,18 +19,17 @@ from medcompile.metrics.intervals import (
     NORMAL,
     RESAMPLES,
     Floats,
-    bca_widths,
     event_widths,
-    jackknife,
-    resampled_totals,
     student_quantile,
+    studentized,
 )
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
-FEW_UNITS = 20
+FEW_UNITS = 50
 """Below this many differing units a bootstrap has too few events to resample; bounds come from counting instead."""
+_WIDEST = 2.0  # no metric here can move further
 _PRIOR_UNITS = 2.0  # weight, in differing units, of the clump size assumed before any flip was seen
 
 
@@ -59,13 +58,30 @@ class Sample(Protocol):
         ...
 
 
-def _event_power(losses: float, gains: float, size: float, *, one_way: bool, margin: float, alpha: float) -> float:
-    """Power of event_widths when the seen events fall evenly on both sides (or all on one, where gains can't be)."""
-    total = losses + gains
-    balanced = (total, 0.0) if one_way else (total / 2, total / 2)
-    room = margin - event_widths(*balanced, size, alpha)[0]
-    error = math.sqrt(total * size)
-    return NORMAL.cdf(room / error) if error > 0 else float(room > 0)
+@dataclass(frozen=True)
+class _Events:
+    """A difference as events of one size: how many losses and gains. one_way: nothing can be gained."""
+
+    losses: float
+    gains: float
+    size: float
+    one_way: bool = False
+
+    def widths(self, alpha: float) -> tuple[float, float]:
+        return event_widths(self.losses, self.gains, self.size, alpha)
+
+    def power(self, margin: float, alpha: float, growth: float) -> float:
+        """Power when the seen events fall evenly on both sides (or all on one) and there are growth times as many."""
+        total = (self.losses + self.gains) * growth
+        split = (total, 0.0) if self.one_way else (total / 2, total / 2)
+        room = margin - event_widths(*split, self.size / growth, alpha)[0]
+        error = math.sqrt(total) * self.size / growth
+        return NORMAL.cdf(room / error) if error > 0 else float(room > 0)
+
+
+def _shrunk(seen: float, expected: float, differing: float) -> float:
+    """What the units that differ say, mixed with what is expected of two more such units."""
+    return (differing * seen + _PRIOR_UNITS * expected) / (differing + _PRIOR_UNITS)
 
 
 @dataclass(frozen=True)
@@ -116,23 +132,40 @@ class PairedFlips:
         return float(self.samples)
 
     @cached_property
-    def design_effect(self) -> float:
-        """At least 1. Before any flip it is the root of the mean unit size, halfway (as a ratio) between independent
-        observations and units that flip as a whole; each unit that differs moves it towards what the data say."""
+    def _clumps(self) -> tuple[float, float]:
+        """Design effect and clump size, in items, both at least 1: how flips of a unit widen and skew the sum of all.
+
+        Before any flip both are the root of the mean unit size, halfway (as a ratio) between independent items and
+        units that flip as a whole; each unit that differs moves them towards what the data say. The clump size is the
+        third moment between units over the second, the size that events of one size need for the sum's skewness.
+        """
         if self.units == self.samples:
-            return 1.0
+            return 1.0, 1.0
         if self.units < 2:
-            return float(self.samples)
+            return float(self.samples), float(self.samples)
         flips = self.candidate_right.astype(np.float64) - self.reference_right
-        sizes, sums = np.bincount(self.unit).astype(np.float64), np.bincount(self.unit, weights=flips)
+        sizes, sums = np.bincount(self.unit), np.bincount(self.unit, weights=flips)
+        apart = sums - flips.mean() * sizes
         expected = math.sqrt(self.samples / self.units)
-        independent = float(((flips - flips.mean()) ** 2).sum())
-        between = float(((sums - flips.mean() * sizes) ** 2).sum()) * self.units / (self.units - 1)
-        seen = between / independent if independent > 0 else expected
-        differing = float(np.count_nonzero(np.bincount(self.unit, weights=flips != 0)))
-        mixed = (differing * seen + _PRIOR_UNITS * expected) / (differing + _PRIOR_UNITS)
-        widened = (student_quantile(0.95, self.units - 1) / NORMAL.inv_cdf(0.95)) ** 2
-        return min(max(mixed * widened, 1.0), float(self.samples))
+        effect, clump = expected, expected
+        differing = int(np.count_nonzero(np.bincount(self.unit, weights=flips != 0)))
+        squares = float((apart**2).sum())
+        if squares > 0:
+            effect = squares * self.units / (self.units - 1) / float(((flips - flips.mean()) ** 2).sum())
+            clump = -float((apart**3).sum()) / squares
+        few = (student_quantile(0.95, self.units - 1) / NORMAL.inv_cdf(0.95)) ** 2
+        effect = min(max(_shrunk(effect, expected, differing) * few, 1.0), float(self.samples))
+        return effect, max(_shrunk(clump, expected, differing), effect)
+
+    @property
+    def design_effect(self) -> float:
+        return self._clumps[0]
+
+    @cached_property
+    def _events(self) -> _Events:
+        effect, clump = self._clumps
+        share = effect / clump**2  # so that size^2 x events is the variance with the design effect
+        return _Events(self._losses * share, self._gains * share, clump / self.samples, self.one_way)
 
     def method(self) -> str:
         name = "exact paired interval (Clopper-Pearson, MOVER)"
@@ -140,15 +173,11 @@ class PairedFlips:
         return name + clustered + (", no flips" if not self.discordant else "")
 
     def widths(self, alpha: float) -> tuple[float, float]:
-        n = self.samples
-        below, above = event_widths(self._losses / n, self._gains / n, self.design_effect / n, alpha)
-        difference = self.value - self.reference
-        return below, min(above, -difference) if self.one_way else above
+        below, above = self._events.widths(alpha)
+        return below, min(above, self.reference - self.value) if self.one_way else above
 
     def power(self, margin: float, alpha: float, growth: float = 1.0) -> float:
-        n = self.samples
-        size = self.design_effect / (n * growth)
-        return _event_power(self._losses / n, self._gains / n, size, one_way=self.one_way, margin=margin, alpha=alpha)
+        return self._events.power(margin, alpha, growth)
 
 
 @dataclass(frozen=True)
@@ -163,11 +192,6 @@ class UnitTotals:
     @cached_property
     def rows(self) -> Floats:
         return np.concatenate([self.common, self.reference, self.candidate], axis=1)
-
-    @cached_property
-    def resampled(self) -> Floats:
-        """Totals of every resample by unit, shared by every metric over these statistics."""
-        return resampled_totals(self.rows, self.resamples)
 
     @cached_property
     def differing(self) -> int:
@@ -222,16 +246,12 @@ class PairedTotals:
         return self.resolution == 0.0 and self.totals.differing < FEW_UNITS
 
     @cached_property
-    def _sorted(self) -> Floats:
-        return np.sort(self._difference(self.totals.resampled))
+    def _studentized(self) -> tuple[float, Floats]:
+        return studentized(self.totals.rows, self._difference, self.totals.resamples)
 
     @cached_property
-    def _jackknife(self) -> tuple[float, float]:
-        return jackknife(self.totals.rows, self._difference)
-
-    @cached_property
-    def _events(self) -> tuple[float, float, float]:
-        """Losses, gains and event size: what each unit adds to the difference, the size-weighted mean of it.
+    def _events(self) -> _Events:
+        """The difference as events: what each unit adds to it, with a size that keeps the second and third moment.
 
         Before any difference was seen, an event is a unit that loses all it has; where units hold several items, the
         root of their number of items stands between one lost item and a lost unit.
@@ -239,31 +259,33 @@ class PairedTotals:
         common, candidate = self.totals.common.sum(axis=0), self.totals.candidate.sum(axis=0)
         restored = self.score(common, candidate - self.totals.candidate + self.totals.reference)
         shifts = self.score(common, candidate) - restored
+        expected = max(self.reference, 1e-9) / math.sqrt(self.units * max(self.samples, self.units))
+        first, second, third = (float((np.abs(shifts) ** k).sum()) + _PRIOR_UNITS * expected**k for k in (1, 2, 3))
+        share = second / first / (third / second) ** 2
         losses, gains = float(-shifts[shifts < 0].sum()), float(shifts[shifts > 0].sum())
-        prior = max(self.reference, 1e-9) / math.sqrt(self.units * max(self.samples, self.units))
-        weight = _PRIOR_UNITS * prior
-        return losses, gains, (float((shifts**2).sum()) + weight * prior) / (losses + gains + weight)
+        return _Events(losses * share, gains * share, third / second)
 
     def method(self) -> str:
         if self.units < 2:
             return "none: one unit has no spread"
         if self.counted:
             return f"exact-type interval by events, {self.totals.differing or 'no'} differing units"
-        return f"BCa paired bootstrap, {self.totals.resamples} resamples"
+        return f"studentized paired bootstrap, {self.totals.resamples} resamples"
 
     def widths(self, alpha: float) -> tuple[float, float]:
         if self.units < 2:
             return 1.0 + self.value - self.reference, 1.0 - self.value + self.reference
         if self.counted:
-            return event_widths(*self._events, alpha)
-        below, above = bca_widths(self.value - self.reference, self._sorted, self._jackknife[1], self.units, alpha)
+            return self._events.widths(alpha)
+        error, scaled = self._studentized
+        widths = np.quantile(scaled, 1.0 - alpha, method="higher"), -np.quantile(scaled, alpha, method="lower")
+        below, above = (min(error * max(float(w), 0.0), _WIDEST) if error > 0 else 0.0 for w in widths)
         return max(below, self.resolution), max(above, self.resolution)
 
     def power(self, margin: float, alpha: float, growth: float = 1.0) -> float:
         if self.counted:
-            losses, gains, size = self._events
-            return _event_power(losses, gains, size / growth, one_way=False, margin=margin, alpha=alpha)
-        error = max(self._jackknife[0], self.resolution) / math.sqrt(growth)
+            return self._events.power(margin, alpha, growth)
+        error = max(self._studentized[0], self.resolution) / math.sqrt(growth)
         return NORMAL.cdf(margin / error - NORMAL.inv_cdf(1.0 - alpha))
 
 
