@@ -39,6 +39,16 @@ def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     return second if first is value else first
 
 
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let new take old's place everywhere. Where old leaves the graph, new leaves it under that name."""
+    name, leaves = old.name, old.is_graph_output()
+    new.type, new.shape = old.type, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if leaves:
+        old.name = f"{name}/replaced"
+        new.name = name
+
+
 def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
     """The initializer called name, registered with array if there is none yet."""
     import onnx_ir as ir

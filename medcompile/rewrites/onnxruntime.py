@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medcompile.rewrites import constant, insert, only_user, other_input, producer, stored
+from medcompile.rewrites import constant, insert, only_user, other_input, producer, replace, stored
 from medcompile.rewrites.dynamic_int8 import Rounding, roundings
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def _static(model: ir.Model, node: ir.Node) -> bool:
     inputs = [quantize.outputs[0], right.inputs[0], quantize.inputs[1], right.inputs[1], quantize.inputs[2], None, bias]
     inputs = inputs if bias is not None else inputs[:5]
     fused = insert(model, node, "MatMulIntegerToFloat", inputs, f"{node.name}/integer", domain=_DOMAIN)
-    fused.type, fused.shape = output.type, output.shape
-    output.replace_all_uses_with(fused, replace_graph_outputs=True)
+    replace(output, fused)
     return True
 
 
@@ -102,8 +101,7 @@ def _dynamic(model: ir.Model, rounding: Rounding) -> int:
         inputs: list[ir.Value | None] = [codes, product.weight, one, product.weight_scale, middle]
         output = insert(model, node, "MatMulIntegerToFloat", inputs, f"{name}/fused", domain=_DOMAIN)
         output = insert(model, node, "Mul", [output, rounding.rows], f"{name}/by_row")
-        output.type, output.shape = product.output.type, product.output.shape
-        product.output.replace_all_uses_with(output, replace_graph_outputs=True)
+        replace(product.output, output)
     return len(rounding.products)
 
 
@@ -131,6 +129,5 @@ def _keys(model: ir.Model, node: ir.Node) -> bool:
     keys = insert(model, turn, "Transpose", [turn.inputs[0]], f"{turn.name}/heads", {"perm": [0, 2, 1, 3]})
     attributes = {"transB": 1, "alpha": 1.0}
     scores = insert(model, node, "FusedMatMul", [node.inputs[0], keys], f"{node.name}/turned", attributes, _DOMAIN)
-    scores.type, scores.shape = output.type, output.shape
-    output.replace_all_uses_with(scores, replace_graph_outputs=True)
+    replace(output, scores)
     return True

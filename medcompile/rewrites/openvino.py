@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from medcompile.rewrites import insert
+from medcompile.rewrites import insert, replace
 from medcompile.rewrites.dynamic_int8 import roundings
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def rewrite(model: ir.Model) -> int:
             inputs: list[ir.Value | None] = [product.weight, product.weight_scale]
             weight = insert(model, node, "DequantizeLinear", inputs, f"{name}/dequantize", {"axis": 1})
             output = insert(model, node, "MatMul", [rounding.activation, weight], f"{name}/float")
-            product.output.replace_all_uses_with(output, replace_graph_outputs=True)
+            replace(product.output, output)
             count += 1
     common.RemoveUnusedNodesPass()(model)
     return count
