@@ -43,6 +43,7 @@ class NullBackend:
 class NullExecutor:
     def __init__(self, spec: GraphSpec) -> None:
         self._spec = spec
+        self._closed = False
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -57,13 +58,15 @@ class NullExecutor:
         import numpy as np
 
         sizes = check_feeds(self._spec, feeds)
+        if self._closed:
+            raise BackendError(f"{self._spec.name}: this executor is closed", fix="load the bundle again")
         return {
             tensor.name: np.zeros([sizes.get(d, 1) if isinstance(d, str) else d for d in tensor.shape], tensor.dtype)
             for tensor in self._spec.outputs
         }
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._closed = True
 
     def __enter__(self) -> NullExecutor:
         return self

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
@@ -59,7 +60,12 @@ class OpenVinoBackend:
                     f"{count} products round activations per token and dynamic_group, the typed graph per token"
                 )
             try:
-                library.save_model(library.Core().read_model(onnx_path), out / "model.xml", compress_to_fp16=False)
+                model = library.Core().read_model(onnx_path)
+                # Nameless constants are numbered through the life of the process; the file must not tell its age.
+                for index, op in enumerate(model.get_ordered_ops()):
+                    if re.fullmatch(rf"{op.get_type_name()}_\d+", op.get_friendly_name()):
+                        op.set_friendly_name(f"{op.get_type_name()}/{index}")
+                library.save_model(model, out / "model.xml", compress_to_fp16=False)
             except RuntimeError as error:
                 raise BackendError(
                     f"OpenVINO {target.version} refuses graph {spec.name} of variant {variant.name}: {_reason(error)}",
