@@ -101,8 +101,11 @@ class Observer:
         self._count += len(rows)
         self._grow(float(max(-low.min(), high.max())))
         # The factor is a power of two, so that the product is exact and merging bins later changes nothing.
-        index = np.floor(rows.ravel() * np.float32(BINS / 2 / self._reach)).astype(np.int32) + BINS // 2
-        self._histogram += np.bincount(np.minimum(index, BINS - 1), minlength=BINS)
+        index = rows.ravel() * np.float32(BINS / 2 / self._reach)
+        np.floor(index, out=index)
+        index += BINS // 2
+        np.minimum(index, BINS - 1, out=index)
+        self._histogram += np.bincount(index.astype(np.intp), minlength=BINS)
 
     def _grow(self, amax: float) -> None:
         """Double the reach until it covers amax; two old bins fall into one new bin, so no count is lost."""
