@@ -20,6 +20,7 @@ NORMAL = NormalDist()
 RESAMPLES = 10_000
 SEED = 0
 _CELLS_AT_ONCE = 1 << 20  # resample weights held at once: 8 MiB
+_DRAWS_PER_KIND = 10  # single draws that cost as much as one multinomial count
 
 
 def _beta_fraction(x: float, a: float, b: float) -> float:
@@ -112,17 +113,23 @@ def event_widths(losses: float, gains: float, size: float, alpha: float) -> tupl
 def resampled_totals(rows: Floats, resamples: int = RESAMPLES, seed: int = SEED) -> Floats:
     """Totals of the rows (units x statistics) in resamples drawn with replacement. Returns [resamples, statistics].
 
-    Bounded memory: the weights of a chunk of resamples are counted, multiplied with the rows, and dropped.
+    Bounded memory: the weights of a chunk of resamples are drawn, multiplied with the rows, and dropped. Equal rows
+    (most sentences hold one entity or none) are drawn together, from the multinomial that their number gives.
     """
     units = len(rows)
     rng = np.random.default_rng(seed)
-    chunk = max(1, _CELLS_AT_ONCE // units)
+    kinds, counts = np.unique(rows, axis=0, return_counts=True)
+    grouped = len(kinds) * _DRAWS_PER_KIND < units
+    chunk = max(1, _CELLS_AT_ONCE // (len(kinds) if grouped else units))
     totals = np.empty((resamples, rows.shape[1]))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        draws = rng.integers(0, units, size=(size, units)) + np.arange(size)[:, None] * units
-        weights = np.bincount(draws.ravel(), minlength=size * units).reshape(size, units)
-        totals[start : start + size] = weights.astype(np.float64) @ rows
+        if grouped:
+            weights = rng.multinomial(units, counts / units, size=size)
+        else:
+            draws = rng.integers(0, units, size=(size, units)) + np.arange(size)[:, None] * units
+            weights = np.bincount(draws.ravel(), minlength=size * units).reshape(size, units)
+        totals[start : start + size] = weights.astype(np.float64) @ (kinds if grouped else rows)
     return totals
 
 

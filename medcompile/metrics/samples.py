@@ -27,8 +27,8 @@ from medcompile.metrics.intervals import (
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
-FEW_UNITS = 50
-"""Below this many differing units a bootstrap has too few events to resample; bounds come from counting instead."""
+FEW_EVENTS = 12.0
+"""Below this many (effective) events a bootstrap has too little to resample; bounds come from counting instead."""
 _WIDEST = 2.0  # no metric here can move further
 _PRIOR_UNITS = 2.0  # weight, in differing units, of the clump size assumed before any flip was seen
 
@@ -146,6 +146,7 @@ class PairedFlips:
         flips = self.candidate_right.astype(np.float64) - self.reference_right
         sizes, sums = np.bincount(self.unit), np.bincount(self.unit, weights=flips)
         apart = sums - flips.mean() * sizes
+        apart = np.append(apart, apart.min())  # the worst unit twice: the next may be as bad (as in studentized)
         expected = math.sqrt(self.samples / self.units)
         effect, clump = expected, expected
         differing = int(np.count_nonzero(np.bincount(self.unit, weights=flips != 0)))
@@ -203,7 +204,7 @@ class PairedTotals:
     """A metric that is a function of totals: score(common [..., c], model [..., m]) -> [...].
 
     resolution: differences below it are rounding, and no interval is narrower than it on either side (0 for metrics
-    made of decisions, where too few differing units switch to counting events instead).
+    made of decisions, where too few events switch to counting events instead).
     """
 
     totals: UnitTotals
@@ -242,8 +243,8 @@ class PairedTotals:
 
     @property
     def counted(self) -> bool:
-        """True where too few units differ for a bootstrap."""
-        return self.resolution == 0.0 and self.totals.differing < FEW_UNITS
+        """True where too few units move the metric for a bootstrap."""
+        return self.resolution == 0.0 and self._events.losses + self._events.gains < FEW_EVENTS
 
     @cached_property
     def _studentized(self) -> tuple[float, Floats]:

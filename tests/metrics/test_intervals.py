@@ -79,6 +79,14 @@ def test_resampled_totals_are_draws_with_replacement_whatever_the_chunk(monkeypa
     assert np.allclose(resampled_totals(rows, resamples=50), totals[:50, :2])
 
 
+def test_equal_rows_are_drawn_with_the_spread_of_single_draws() -> None:
+    rows = np.repeat(np.array([[1.0, 0.0], [0.0, 3.0]]), [250, 50], axis=0)
+    totals = resampled_totals(rows, resamples=20_000)
+    assert (totals[:, 0] + totals[:, 1] / 3 == 300).all()
+    assert totals[:, 0].mean() == pytest.approx(250, abs=0.2)
+    assert totals[:, 0].std() == pytest.approx(np.sqrt(300 * 250 / 300 * 50 / 300), rel=0.03)
+
+
 def test_studentized_bounds_equal_a_plain_bootstrap_t_of_the_same_units() -> None:
     values = np.random.default_rng(2).lognormal(size=300)
 
