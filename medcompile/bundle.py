@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -138,7 +139,7 @@ class Writer:
         while self._lock < 0:
             self.root = self._sibling("building")
             self.root.mkdir()
-            self._lock = _lock(self.root)
+            self._lock = lock_folder(self.root)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -191,8 +192,8 @@ class Writer:
 
     def _remove_leftovers(self) -> None:
         for state in ("building", "replaced"):
-            for folder in self.place.parent.glob(f".{self.place.name}.{state}-*"):
-                lock = _lock(folder)
+            for folder in self.place.parent.glob(f".{glob.escape(self.place.name)}.{state}-*"):
+                lock = lock_folder(folder)
                 if lock >= 0:
                     shutil.rmtree(folder, ignore_errors=True)
                     os.close(lock)
@@ -222,8 +223,11 @@ class Writer:
         os.close(parent)
 
 
-def _lock(folder: Path) -> int:
-    """A descriptor that holds the folder's lock until closed, or -1 if another process has it or removed the folder."""
+def lock_folder(folder: Path, *, wait: bool = False) -> int:
+    """A descriptor that holds the folder's lock until closed, or -1 if another process has it or removed the folder.
+
+    wait: rather wait until the other process lets go.
+    """
     import fcntl
 
     try:
@@ -231,7 +235,7 @@ def _lock(folder: Path) -> int:
     except FileNotFoundError:
         return -1
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if folder.exists():
             return descriptor
     except BlockingIOError:

@@ -12,20 +12,20 @@ import json
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcompile import manifest, onnx_files, statistics
+from medcompile.bundle import lock_folder
 from medcompile.program import Graph, Program
 from medcompile.spec import GraphSpec, Stage
 
 if TYPE_CHECKING:
     import numpy as np
 
-_ABANDONED_S = 24 * 3600
+_LISTING = "entry.json"
 
 
 def key(*parts: object) -> str:
@@ -41,19 +41,25 @@ class Cache:
     root: Path
 
     def entry(self, name: str) -> Path | None:
-        """The folder of that key, if the step was finished once."""
-        folder = self.root / name[:2] / name
+        """The folder of that key, if the step was finished once and every file of it is still there."""
+        folder = self._place(name)
+        if folder.is_dir() and not _whole(folder):
+            self._discard(folder)
         return folder if folder.is_dir() else None
 
     def put(self, name: str, fill: Callable[[Path], None]) -> Path:
         """Let fill write into an empty folder, and keep that folder under the key. Returns where it lies then."""
-        self._remove_abandoned()
-        place = self.root / name[:2] / name
+        place = self._place(name)
         place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.root / f"tmp-{os.getpid()}-{secrets.token_hex(4)}"
-        fresh.mkdir()
+        self._remove_leftovers()
+        lock = -1
+        while lock < 0:
+            fresh = self.root / f"tmp-{os.getpid()}-{secrets.token_hex(4)}"
+            fresh.mkdir()
+            lock = lock_folder(fresh)
         try:
             fill(fresh)
+            (fresh / _LISTING).write_text(json.dumps(_sizes(fresh)), encoding="utf-8")
             try:
                 fresh.rename(place)
             except OSError:
@@ -61,17 +67,43 @@ class Cache:
                     raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+            os.close(lock)
         return place
 
-    def _remove_abandoned(self) -> None:
-        """Temporary folders of builds that were killed long ago; a running build touches its own all the time."""
+    def _place(self, name: str) -> Path:
+        return self.root / name[:2] / name
+
+    def _discard(self, folder: Path) -> None:
+        """Take away an entry of which files are gone or cut (by a cleaner of old files, say), unless it is mended."""
+        lock = lock_folder(self.root, wait=True)
+        try:
+            if folder.is_dir() and not _whole(folder):
+                gone = self.root / f"tmp-{os.getpid()}-{secrets.token_hex(4)}"
+                folder.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+    def _remove_leftovers(self) -> None:
+        """Folders of builds that were killed: a running build holds the lock of its own."""
         for folder in self.root.glob("tmp-*"):
-            try:
-                abandoned = time.time() - folder.stat().st_mtime > _ABANDONED_S
-            except FileNotFoundError:
-                continue
-            if abandoned:
+            lock = lock_folder(folder)
+            if lock >= 0:
                 shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _LISTING)
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        listed = json.loads((folder / _LISTING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(listed == _sizes(folder))
 
 
 def write_program(program: Program, folder: Path) -> None:

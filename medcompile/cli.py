@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,8 +20,6 @@ from medcompile import __version__
 from medcompile.errors import InputError, MedcompileError, UsageError
 
 if TYPE_CHECKING:
-    import click
-
     from medcompile.bundle import Bundle
     from medcompile.runtime.session import Session
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 class _Group(TyperGroup):
     """Turns this project's errors into a message on stderr and their exit code."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except MedcompileError as error:
@@ -74,7 +73,9 @@ def _root(
 @app.command()
 def build(
     recipe: Annotated[Path, typer.Argument(help="The recipe, such as recipes/quickstart.yaml.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the bundle goes; default engines/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The bundle's folder; default engines/NAME.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the recipe.")
     ] = None,
@@ -90,22 +91,28 @@ def build(
 
     failure: OverBudgetError | None = None
     try:
-        built = pipeline.build(
-            recipe,
-            out=out,
-            overrides=settings or (),
-            offline=offline,
-            allow_phi=allow_phi,
-            cache_folder=cache,
-            progress=terminal.progress(as_json, verbose),
-        )
+        with terminal.progress(as_json, verbose) as progress:
+            built = pipeline.build(
+                recipe,
+                out=out,
+                overrides=settings or (),
+                offline=offline,
+                allow_phi=allow_phi,
+                cache_folder=cache,
+                progress=progress,
+            )
     except OverBudgetError as error:
         failure = error
         built = bundle.read(error.bundle, check=False)
+    except MedcompileError:
+        if verbose:
+            traceback.print_exc()
+        raise
     if as_json:
         typer.echo(json.dumps(_summary(built), indent=1))
     else:
-        terminal.stderr().print(terminal.evidence_table(built.artifacts, f"{built.name}: {built.root}", judged_only=True))
+        table = terminal.evidence_table(built.artifacts, f"{built.name}: {built.root}", judged_only=True)
+        terminal.console(stderr=True).print(table)
         typer.echo(built.root)
     if failure is not None:
         raise failure
@@ -114,16 +121,14 @@ def build(
 @app.command()
 def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Show a bundle: graphs, variants, sizes, and which operators run in which precision."""
-    from rich.console import Console
-
     from medcompile import bundle, terminal
 
     found = bundle.read(bundle_path)
-    layers = json.loads((found.root / "layers.json").read_text(encoding="utf-8"))
+    layers = json.loads((found.root / "layers.json").read_bytes()) if "layers.json" in found.files else {}
     if as_json:
         typer.echo(json.dumps(_summary(found) | {"layers": layers}, indent=1))
         return
-    console = Console()
+    console = terminal.console()
     source = found.provenance.get("source", "")
     console.print(
         terminal.facts(
@@ -140,7 +145,7 @@ def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose =
     console.print(terminal.layer_table(layers))
     console.print(terminal.evidence_table(found.artifacts, "evidence", judged_only=not verbose))
     for note in found.provenance.get("notes", ()):
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -158,31 +163,24 @@ def verify(
     from medcompile import bundle, terminal
 
     found = bundle.read(bundle_path)
-    terminal.stderr().print(f"{len(found.files)} files have the digests of the manifest", markup=False)
+    told = terminal.console(stderr=True)
+    told.print(f"{len(found.files)} files have the digests of the manifest")
     if digests_only:
         if as_json:
             typer.echo(json.dumps({"digest": found.digest, "files": len(found.files)}))
         return
-    from medcompile import data as datasets
     from medcompile import verify as verification
 
-    manifest = data or Path("calibration") / f"{found.provenance['evaluation']['name']}.yaml"
-    if not manifest.is_file():
-        raise UsageError(
-            f"the evidence can't be made again: no manifest {manifest} of the evaluation data",
-            fix="name it with --data FILE, or check the files alone with --digests-only",
-        )
-    repeated = verification.repeat(found, datasets.read(datasets.load_manifest(manifest), allow_phi=allow_phi), threads)
+    repeated = verification.repeat(found, verification.evaluation(found, data, allow_phi=allow_phi), threads)
     made = [r.artifact for r in repeated if not r.reason]
     if as_json:
         typer.echo(json.dumps([_artifact(r.artifact) | {"reason": r.reason} for r in repeated], indent=1))
     else:
-        terminal.stderr().print(terminal.evidence_table(made, f"{found.name}, on this machine"))
+        told.print(terminal.evidence_table(made, f"{found.name}, on this machine"))
     for r in repeated:
         if r.reason:
-            terminal.stderr().print(
-                f"{r.artifact.variant} for {r.artifact.target.name} not run here: {r.reason}", markup=False
-            )
+            what = f"{r.artifact.variant} for {r.artifact.target.name}"
+            told.print(f"{what} not run here: {r.reason}", markup=False, soft_wrap=True)
     worse = [r.artifact for r in repeated if not r.reason and r.artifact.verdict != r.recorded]
     if not made or worse:
         names = ", ".join(f"{a.variant} on {a.target.name}: {a.verdict}" for a in worse) or "nothing could be run"
@@ -220,7 +218,7 @@ def run(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can build and run, and the exact fix for what it can't."""
-    from rich.console import Console
+    from rich.text import Text
 
     from medcompile import terminal
     from medcompile.doctor import examine
@@ -229,10 +227,9 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(f) for f in findings], indent=1))
         return
-    Console().print(
-        terminal.facts(
-            (f.what, ("[green]yes[/green] " if f.good else "[yellow]no[/yellow]  ") + f.told()) for f in findings
-        )
+    marks = {True: ("yes ", "green"), False: ("no  ", "yellow")}
+    terminal.console().print(
+        terminal.facts((f.what, Text.assemble(marks[f.good], f.told())) for f in findings), soft_wrap=False
     )
 
 

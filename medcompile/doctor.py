@@ -117,7 +117,9 @@ def _cache() -> Finding:
 def _hub() -> Finding:
     place = os.environ.get("HF_ENDPOINT", "the hub client's default")
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return Finding("hub", False, "HF_HUB_OFFLINE is set: only cached models", "unset HF_HUB_OFFLINE to fetch models")
+        return Finding(
+            "hub", False, "HF_HUB_OFFLINE is set: only cached models", "unset HF_HUB_OFFLINE to fetch models"
+        )
     token = "a token is set" if os.environ.get("HF_TOKEN") else "no token in HF_TOKEN; public models need none"
     return Finding("hub", True, f"hf: sources come from {place}; {token}")
 

@@ -82,7 +82,21 @@ class PhiError(DataError):
 
 
 class PassError(MedcompileError):
-    """A pass failed. The pipeline fills in where: pass, graph, node, and the passes that ran before it."""
+    """A pass failed. The pipeline fills in where.
+
+    step: the pass, and the variant it ran for. at: the graph, and the node if known. before: the steps done by then.
+    """
+
+    step: str = ""
+    at: str = ""
+    before: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.step:
+            return super().__str__()
+        where = f" at {self.at}" if self.at and self.at not in self.message else ""
+        lines = [f"{self.step} failed{where}: {self.message}", f"  ran before: {', '.join(self.before) or 'nothing'}"]
+        return "\n".join(lines + ([f"  fix: {self.fix}"] if self.fix else []))
 
 
 class CalibrationError(PassError):

@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile import __version__, backends, bundle, cache, data, manifest, models, recipe, sources, verify
+from medcompile import __version__, backends, budget, bundle, cache, data, manifest, models, recipe, sources, verify
 from medcompile.bundle import Bundle
-from medcompile.errors import BackendUnavailable, OverBudgetError
+from medcompile.errors import BackendUnavailable, BundleError, UsageError
+from medcompile.feeds import feeds
 from medcompile.models import ModelOptions
 from medcompile.passes.calibrate import Calibrate
 from medcompile.passes.cast import Cast
@@ -26,17 +26,16 @@ from medcompile.passes.export import VERSION as EXPORT_VERSION
 from medcompile.passes.export import export
 from medcompile.passes.layers import layers
 from medcompile.passes.quantize import Quantize
+from medcompile.passes.sensitivity import Sensitivity, sensitivity
 from medcompile.passes.simplify import Simplify
-from medcompile.program import Context, Pass, PassRecord, Progress, Silent
-from medcompile.resources import peak_rss_bytes, reset_peak_rss
+from medcompile.program import Context, Progress, Silent
 from medcompile.run_onnx import run_onnx
 from medcompile.runtime.encoder import Encoder
 from medcompile.runtime.text import TextAssets, read_json
-from medcompile.spec import Artifact, Evidence, GraphSpec, Precision, Target, TensorSpec, Variant, Verdict
+from medcompile.spec import Artifact, Evidence, GraphSpec, Target, Variant
+from medcompile.steps import Step, Steps
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from medcompile.program import Feeds
 
 _COMPILER_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers")
@@ -63,16 +62,16 @@ def build(
     """
     job = recipe.load(path, overrides)
     folder = Path(cache_folder) if cache_folder else sources.default_cache()
-    built = _Build(job, cache.Cache(folder / "build"), folder, progress or Silent(), offline, allow_phi)
-    return built.run(Path(out) if out else Path("engines") / job.name)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A finished step: its key, and the cache folder that holds its result."""
-
-    key: str
-    folder: Path
+    place = Path(out) if out else Path("engines") / job.name
+    told = progress or Silent()
+    built = _Build(job, Steps(cache.Cache(folder.absolute() / "build"), told), folder, told, offline, allow_phi)
+    try:
+        return built.run(place)
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or place}: {error.strerror or error}",
+            fix="name a folder that can be written and has room, with --out",
+        ) from error
 
 
 @dataclass
@@ -80,7 +79,7 @@ class _Build:
     """One build. Each step is a method; it returns what it made, fresh or from the cache."""
 
     job: recipe.Recipe
-    steps: cache.Cache
+    steps: Steps
     downloads: Path
     progress: Progress
     offline: bool
@@ -91,17 +90,18 @@ class _Build:
     def run(self, out: Path) -> Bundle:
         self.datasets  # noqa: B018  the cheap ways to fail come first
         targets = self.targets()
-        simplified = self.run_pass(Simplify(), self.exported, ("onnx-ir", "onnxscript"))
-        lowered = {v.name: self.lowered(v, simplified) for v in self.job.variants}
-        artifacts = [
-            self.artifact(variant, target, task, lowered[variant.name])
-            for variant in self.job.variants
-            for target in targets
-            for task in self.options.tasks
-        ]
         with bundle.Writer(out) as writer:
+            lowered = {v.name: self.lowered(v) for v in self.job.variants}
+            artifacts = [
+                self.artifact(variant, target, task, lowered[variant.name])
+                for variant in self.job.variants
+                for target in targets
+                for task in self.options.tasks
+            ]
             finished = self.write(writer, artifacts, lowered)
-        _check_budget(finished)
+        if not budget.is_kept(finished):
+            quantized = [v for v in self.job.variants if v.quantized]
+            raise budget.over_budget(finished, {v.name: self.sensitivity(v) for v in quantized})
         return finished
 
     # ---- what is built from
@@ -159,7 +159,7 @@ class _Build:
         for name in self.job.targets:
             try:
                 found.append(backends.for_target(name).probe(name))
-            except BackendUnavailable as error:
+            except (BackendUnavailable, UsageError) as error:  # UsageError: this version has no such backend
                 self.skipped.append({"target": name, "reason": error.message, "fix": error.fix})
                 self.note(f"target {name} is not built: {error}")
         if not found:
@@ -176,15 +176,23 @@ class _Build:
         return cache.key(self.checkpoint.files, self.checkpoint.kind, self.job.model.family, self.options)
 
     @cached_property
-    def exported(self) -> _Step:
+    def exported(self) -> Step:
+        """Its weights are references into the checkpoint, so it is kept by place; what follows is not."""
         key = cache.key("export", EXPORT_VERSION, self.source_key, _versions(*_COMPILER_LIBRARIES))
-        return self.step("export", key, lambda folder: cache.write_program(self._exported_program(), folder))
 
-    def _exported_program(self) -> Any:
-        return export(self.family, self.checkpoint, self.options)
+        def fill(folder: Path) -> None:
+            cache.write_program(export(self.family, self.checkpoint, self.options), folder)
+
+        placed = cache.key(key, str(self.checkpoint.folder.resolve()))
+        return Step(key, self.steps.run("export", placed, fill).folder)
 
     @cached_property
-    def assets(self) -> _Step:
+    def simplified(self) -> Step:
+        versions = _versions("onnx-ir", "onnxscript")
+        return self.steps.run_pass(Simplify(), self.exported, versions, self.batches)
+
+    @cached_property
+    def assets(self) -> Step:
         """assets/ holds what goes into the bundle; notes.json what the user should know."""
 
         def fill(folder: Path) -> None:
@@ -192,7 +200,7 @@ class _Build:
             notes = self.family.assets(self.checkpoint, self.options, folder / "assets")
             (folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
-        step = self.step("assets", cache.key("assets", 1, self.source_key, _versions("tokenizers")), fill)
+        step = self.steps.run("assets", cache.key("assets", 1, self.source_key, _versions("tokenizers")), fill)
         for note in json.loads((step.folder / "notes.json").read_text(encoding="utf-8")):
             self.note(note)
         return step
@@ -206,38 +214,58 @@ class _Build:
         path = self.assets.folder / "assets/labels.json"
         return [str(name) for name in read_json(path, list)] if path.is_file() else []
 
-    def lowered(self, variant: Variant, simplified: _Step) -> _Step:
+    def lowered(self, variant: Variant) -> Step:
         """The variant's typed graphs."""
-        step = simplified
-        calibration = self.job.calibration
-        if variant.needs_statistics:
-            step = self.calibrated(simplified)
+        step = self.calibrated if variant.needs_statistics else self.simplified
+        label = variant.name
         if variant.quantized:
-            method = calibration.method if calibration else "mse"
-            step = self.run_pass(Quantize(method), step, ("onnx-ir", "numpy"), variant)
-        return self.run_pass(Cast(variant.float_dtype, variant.keep), step, ("onnx-ir", "ml-dtypes"))
+            versions = _versions("onnx-ir", "numpy")
+            step = self.steps.run_pass(self.quantize, step, versions, self.batches, label=label, variant=variant)
+        cast = Cast(variant.float_dtype, variant.keep)
+        return self.steps.run_pass(cast, step, _versions("onnx-ir", "ml-dtypes"), self.batches, label=label)
 
-    def calibrated(self, simplified: _Step) -> _Step:
+    @cached_property
+    def calibrated(self) -> Step:
         calibration, _ = self.datasets
-        digest = calibration.digest if calibration else ""
-        batch = self.job.calibration.batch if self.job.calibration else 0
-        return self.run_pass(Calibrate(), simplified, ("onnxruntime", "numpy"), parts=(digest, batch, self.assets.key))
+        parts = (calibration.digest if calibration else "", self.batch, self.assets.key)
+        versions = _versions("onnxruntime", "numpy")
+        return self.steps.run_pass(Calibrate(), self.simplified, versions, self.batches, parts=parts)
+
+    @property
+    def quantize(self) -> Quantize:
+        wanted = self.job.calibration
+        if wanted is None:
+            return Quantize()
+        if wanted.percentile is None:
+            return Quantize(wanted.method)
+        return Quantize(wanted.method, wanted.percentile)
+
+    @property
+    def batch(self) -> int:
+        return self.job.calibration.batch if self.job.calibration else 8
 
     def batches(self, graph: str) -> Iterator[Feeds]:
-        """Calibration feeds, made by the runtime's own encoder, so that they are what the model will see."""
-        calibration, _ = self.datasets
-        if calibration is None or self.job.calibration is None:
-            return
-        spec = self.graphs[graph]
-        recorder = _Recorder(spec)
-        encoder = Encoder(self.text, {graph: recorder}, {graph: spec}, self.labels)
-        asked = verify.questions(graph, calibration.items, self.text)
-        size = self.job.calibration.batch
-        for start in range(0, len(asked), size):
-            verify.predict(encoder, graph, asked[start : start + size])
-            yield from recorder.take()
+        """Calibration feeds, a batch at a time; of the evaluation data where the recipe has no other."""
+        calibration, evaluation = self.datasets
+        items = (calibration or evaluation).items
+        return feeds(items, self.graphs[graph], self.text, self.labels, self.batch)
 
-    def reference(self, task: str) -> _Step:
+    def sensitivity(self, variant: Variant) -> dict[str, tuple[Sensitivity, ...]]:
+        """By graph, which layers the variant hurts most. Asked only where it is over budget."""
+        before = self.calibrated if variant.needs_statistics else self.simplified
+        calibration, evaluation = self.datasets
+
+        def fill(folder: Path) -> None:
+            context = Context(folder, self.progress, variant, self.batches, run_onnx)
+            ranked = sensitivity(cache.read_program(before.folder), context, self.quantize)
+            (folder / "ranked.json").write_text(json.dumps(manifest.encode(ranked)), encoding="utf-8")
+
+        parts = (before.key, self.quantize, variant, (calibration or evaluation).digest, self.batch, __version__)
+        step = self.steps.run(f"sensitivity {variant.name}", cache.key("sensitivity", *parts), fill)
+        ranked = json.loads((step.folder / "ranked.json").read_text(encoding="utf-8"))
+        return {g: tuple(manifest.decode(Sensitivity, s, g) for s in found) for g, found in ranked.items()}
+
+    def reference(self, task: str) -> Step:
         """The answers of the original torch model in fp32."""
         _, evaluation = self.datasets
         parts = (self.source_key, task, evaluation.digest, self.assets.key, _versions("torch", "transformers"))
@@ -248,9 +276,9 @@ class _Build:
                 asked = verify.questions(task, evaluation.items, self.text)
                 verify.write_reference(folder / f"{task}.npz", asked, verify.predict(encoder, task, asked))
 
-        return self.step(f"reference {task}", cache.key("reference", _REFERENCE_VERSION, *parts), fill)
+        return self.steps.run(f"reference {task}", cache.key("reference", _REFERENCE_VERSION, *parts), fill)
 
-    def artifact(self, variant: Variant, target: Target, task: str, lowered: _Step) -> tuple[Artifact, Path]:
+    def artifact(self, variant: Variant, target: Target, task: str, lowered: Step) -> tuple[Artifact, Path]:
         """One graph built for one target and judged: the artifact, and the cache folder its files are in."""
         backend = backends.get(target.backend)
         spec = self.graphs[task]
@@ -262,7 +290,7 @@ class _Build:
             (folder / "built.json").write_text(json.dumps(manifest.encode(built)), encoding="utf-8")
 
         key = cache.key("artifact", _ARTIFACT_VERSION, lowered.key, spec, variant, target, __version__)
-        made = self.step(f"build {label}", key, make)
+        made = self.steps.run(f"build {label}", key, make)
         built = manifest.decode(backends.Built, json.loads((made.folder / "built.json").read_text("utf-8")), label)
         reference = self.reference(task)
         _, evaluation = self.datasets
@@ -279,7 +307,7 @@ class _Build:
             (folder / "evidence.json").write_text(json.dumps(result), encoding="utf-8")
 
         key = cache.key("verify", _EVIDENCE_VERSION, made.key, reference.key, self.job.budget, __version__)
-        judged = self.step(f"verify {label}", key, judge)
+        judged = self.steps.run(f"verify {label}", key, judge)
         result = json.loads((judged.folder / "evidence.json").read_text(encoding="utf-8"))
         for note in built.notes:
             self.note(f"{label}: {note}")
@@ -299,7 +327,7 @@ class _Build:
     # ---- the end
 
     def write(
-        self, writer: bundle.Writer, artifacts: Sequence[tuple[Artifact, Path]], lowered: Mapping[str, _Step]
+        self, writer: bundle.Writer, artifacts: Sequence[tuple[Artifact, Path]], lowered: Mapping[str, Step]
     ) -> Bundle:
         for variant, step in lowered.items():
             for file in [*sorted(step.folder.glob("*.onnx")), step.folder / "weights.bin"]:
@@ -337,7 +365,7 @@ class _Build:
             )
         )
 
-    def layers(self, lowered: _Step) -> dict[str, list[dict[str, str]]]:
+    def layers(self, lowered: Step) -> dict[str, list[dict[str, str]]]:
         program = cache.read_program(lowered.folder)
         return {name: layers(graph.model) for name, graph in program.graphs.items()}
 
@@ -356,77 +384,10 @@ class _Build:
             "notes": self.notes,
         }
 
-    # ---- the machinery of steps
-
-    def run_pass(
-        self, pass_: Pass, before: _Step, libraries: Sequence[str], variant: Variant | None = None, parts: object = ()
-    ) -> _Step:
-        """Run a pass over the program that the step before left, unless its result is in the cache."""
-        key = cache.key(before.key, pass_.name, pass_, variant, parts, _versions(*libraries))
-
-        def fill(folder: Path) -> None:
-            program = cache.read_program(before.folder)
-            assert program.stage >= pass_.needs, f"{pass_.name} needs {pass_.needs.name}, got {program.stage.name}"
-            result = pass_(program, Context(folder, self.progress, variant, self.batches, run_onnx))
-            assert result.stage is pass_.gives, f"{pass_.name} gave {result.stage.name}"
-            cache.write_program(result, folder)
-
-        return self.step(pass_.name + (f" {variant.name}" if variant else ""), key, fill)
-
-    def step(self, name: str, key: str, fill: Callable[[Path], None]) -> _Step:
-        """The cache's entry for key, filled now if it is not there."""
-        folder = self.steps.entry(key)
-        started = time.perf_counter()
-        if folder is None:
-            self.progress.begin(name)
-            reset_peak_rss()
-            folder = self.steps.put(key, fill)
-            self.progress.end(PassRecord(name, key, time.perf_counter() - started, peak_rss_bytes(), cached=False))
-        else:
-            self.progress.end(PassRecord(name, key, 0.0, 0, cached=True))
-        return _Step(key, folder)
-
     def note(self, message: str) -> None:
         if message not in self.notes:
             self.notes.append(message)
             self.progress.note(message)
-
-
-class _Recorder:
-    """An executor that keeps what it is fed and answers zeros."""
-
-    def __init__(self, spec: GraphSpec) -> None:
-        self._spec = spec
-        self._fed: list[Feeds] = []
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
-
-    def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
-        import numpy as np
-
-        self._fed.append(feeds)
-        batch, sequence = feeds["input_ids"].shape
-        sizes = {"batch": batch, "sequence": sequence}
-        return {t.name: np.zeros([sizes.get(str(d), d) for d in t.shape], t.dtype) for t in self._spec.outputs}
-
-    def take(self) -> list[Feeds]:
-        taken, self._fed = self._fed, []
-        return taken
-
-    def close(self) -> None:
-        self._fed = []
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _versions(*distributions: str) -> dict[str, str]:
@@ -453,27 +414,3 @@ def _described(dataset: data.Dataset | None) -> dict[str, Any] | None:
         "phi": m.phi,
         "source": m.source,
     }
-
-
-def _check_budget(finished: Bundle) -> None:
-    """Raise OverBudgetError if lower precision was asked for and none of it is non-inferior on any target."""
-    lower = {v.name for v in finished.variants.values() if v.quantized or v.float_dtype is not Precision.FLOAT32}
-    if not lower:
-        return
-    passed = {
-        (a.variant, a.target.name)
-        for a in finished.artifacts
-        if a.variant in lower and a.verdict is Verdict.NON_INFERIOR
-    } - {
-        (a.variant, a.target.name) for a in finished.artifacts if a.verdict in (Verdict.INFERIOR, Verdict.INCONCLUSIVE)
-    }
-    if passed:
-        return
-    found = ", ".join(
-        f"{a.variant} on {a.target.name}: {a.verdict or 'not judged'}" for a in finished.artifacts if a.variant in lower
-    )
-    raise OverBudgetError(
-        f"{finished.root}: built, but no variant below fp32 is shown to be non-inferior ({found})",
-        fix="look at `medcompile inspect`; keep fragile layers in float, widen the budget, or judge on more data",
-        bundle=str(finished.root),
-    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from medcompile.program import PassRecord, Progress
 from medcompile.spec import Artifact, Verdict
@@ -19,18 +21,21 @@ if TYPE_CHECKING:
 
     from medcompile.bundle import Bundle
 
+_FILE_WIDTH = 180
 _COLORS = {Verdict.NON_INFERIOR: "green", Verdict.INFERIOR: "red", Verdict.INCONCLUSIVE: "yellow", None: "dim"}
 
 
-def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+def console(*, stderr: bool = False) -> Console:
+    """As wide as the terminal; into a file or a pipe as wide as a table needs, so that no figure is cut."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=_FILE_WIDTH)
 
 
 class LiveProgress:
     """One line per step with its time and peak memory; where stderr is a terminal, the running one is live."""
 
     def __init__(self, verbose: bool) -> None:
-        self._console = stderr()
+        self._console = console(stderr=True)
         self._verbose = verbose
         self._status: Status | None = None
         self._name = ""
@@ -51,9 +56,7 @@ class LiveProgress:
             self._console.print(f"  {self._name}{counted} {message}", markup=False)
 
     def end(self, record: PassRecord) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        self.close()
         if not record.cached:
             figures = f"{record.seconds:7.2f} s  {record.peak_rss_bytes / 2**20:6.0f} MiB"
             self._console.print(f"{record.name:<44}{figures}", markup=False)
@@ -61,7 +64,13 @@ class LiveProgress:
             self._console.print(f"{record.name:<44} cached", markup=False)
 
     def note(self, message: str) -> None:
-        self._console.print(f"note: {message}", markup=False)
+        self._console.print(f"note: {message}", markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Give the terminal back: what was running has ended or failed."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
 
 
 class JsonProgress:
@@ -90,13 +99,22 @@ class JsonProgress:
         sys.stderr.write(json.dumps(fields) + "\n")
 
 
-def progress(as_json: bool, verbose: bool) -> Progress:
-    return JsonProgress() if as_json else LiveProgress(verbose)
+@contextmanager
+def progress(as_json: bool, verbose: bool) -> Iterator[Progress]:
+    """Progress on stderr, as JSON or for people."""
+    if as_json:
+        yield JsonProgress()
+        return
+    live = LiveProgress(verbose)
+    try:
+        yield live
+    finally:
+        live.close()
 
 
 def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool = False) -> Table:
     """One row per artifact and metric: reference, value, difference with its bound, verdict, power."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in ("variant", "target", "metric"):
         table.add_column(name)
     for name in ("reference", "value", "difference", "lower bound", "margin", "n"):
@@ -163,5 +181,5 @@ def facts(rows: Iterable[tuple[str, Any]]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, str(value))
+        table.add_row(Text(name), value if isinstance(value, Text) else Text(str(value)))
     return table

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcompile import metrics
+from medcompile import backends, data, metrics
 from medcompile.backends import Executor
 from medcompile.data import Dataset, Item
-from medcompile.errors import BundleError, DataError
+from medcompile.errors import BackendUnavailable, BundleError, DataError, UsageError
 from medcompile.metrics import Predictions
 from medcompile.runtime.encoder import Encoder
+from medcompile.runtime.text import TextAssets, read_json
 from medcompile.spec import Artifact, Evidence, GraphSpec, Margin, Verdict
 
 if TYPE_CHECKING:
     from medcompile.bundle import Bundle
-    from medcompile.runtime.text import TextAssets
 
     Array = np.ndarray[Any, Any]
 
@@ -196,12 +196,31 @@ class Repeated:
     reason: str = ""
 
 
+def evaluation(bundle: Bundle, manifest: Path | None, *, allow_phi: bool = False) -> Dataset:
+    """The very data that the bundle was judged on, by its manifest; calibration/<name>.yaml if that is None.
+
+    Raises UsageError where there is no manifest, DataError if it is other data: evidence holds for its items alone.
+    """
+    judged_on = bundle.provenance.get("evaluation") or {}
+    path = manifest or Path("calibration") / f"{judged_on.get('name')}.yaml"
+    if not path.is_file():
+        raise UsageError(
+            f"the evidence can't be made again: no manifest {path} of the evaluation data",
+            fix="name it with --data FILE, or check the files alone with --digests-only",
+        )
+    found = data.read(data.load_manifest(path), limit=judged_on.get("items"), allow_phi=allow_phi)
+    if found.digest != judged_on.get("digest"):
+        raise DataError(
+            f"{found.name} is not the data that {bundle.name} was judged on: that is {judged_on.get('name')}, "
+            f"{judged_on.get('items')} items, digest {str(judged_on.get('digest'))[:12]}; this has {len(found.items)}, "
+            f"digest {found.digest[:12]}",
+            fix="give the manifest of that data, with the same labels, or rebuild the bundle to judge it on this",
+        )
+    return found
+
+
 def repeat(bundle: Bundle, dataset: Dataset, threads: int | None = None) -> tuple[Repeated, ...]:
     """Run every artifact that can run here on the evaluation data, and judge it against the kept reference."""
-    from medcompile import backends
-    from medcompile.errors import BackendUnavailable
-    from medcompile.runtime.text import TextAssets, read_json
-
     text = TextAssets.read(bundle.root / "assets")
     labels = (
         [str(n) for n in read_json(bundle.root / bundle.assets["labels"], list)] if "labels" in bundle.assets else []
