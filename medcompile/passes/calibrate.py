@@ -104,7 +104,8 @@ def _stream(graph: Graph, names: tuple[str, ...], ctx: Context) -> dict[str, Sta
         mask = masks.pop(0)
         for name in names:
             try:
-                observers[name].add(real_rows(outputs[name], mask))
+                # Taken out, or a batch would stay in memory while the next one is computed.
+                observers[name].add(real_rows(outputs.pop(name), mask))
             except ValueError as error:
                 raise CalibrationError(
                     f"{graph.name}: activation {name} holds {error} on the calibration data",
