@@ -1,7 +1,8 @@
 """Reading and writing onnx_ir models whose weights lie beside them in one shared file.
 
 Several graphs of one variant hold the same weights (an embedding and its masked-word head, say), so tensors are
-stored once per content. Writing is streaming: one tensor in memory at a time. The same program gives the same bytes.
+stored once per content. Writing is streaming: a piece of one tensor in memory at a time. The same program gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,16 +43,41 @@ def save(models: Mapping[str, ir.Model], folder: Path, *, keep_references: bool 
                 if tensor.nbytes < _INLINE_BYTES:
                     value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
                     continue
-                data = tensor.tobytes()
-                key = hashlib.sha256(data).hexdigest()
-                if key not in offsets:
-                    weights.write(b"\0" * (-weights.tell() % _ALIGN_BYTES))
-                    offsets[key] = (weights.tell(), len(data))
-                    weights.write(data)
-                value.const_value = _external(value, Path(WEIGHTS_FILE), *offsets[key])
-                if isinstance(tensor, ir.ExternalTensor):
-                    tensor.release()
+                assert isinstance(tensor, ir.TensorBase)
+                place = _written_once(tensor, weights, offsets)
+                value.const_value = _external(value, Path(WEIGHTS_FILE), *place)
             ir.save(copy, folder / f"{name}.onnx")
+
+
+def _written_once(tensor: ir.TensorBase, file: BinaryIO, offsets: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """Offset and length of tensor's bytes in file: where they are already by offsets (sha256 -> place), or at its end.
+
+    They are written before their digest is known, piece by piece, and taken back if they were there.
+    """
+    end = file.tell()
+    file.write(b"\0" * (-end % _ALIGN_BYTES))
+    start = file.tell()
+    pieces = _Hashing(file)
+    tensor.tofile(pieces)
+    key = pieces.digest.hexdigest()
+    if key in offsets:
+        file.seek(end)
+        file.truncate()
+    else:
+        offsets[key] = (start, file.tell() - start)
+    return offsets[key]
+
+
+class _Hashing:
+    """A file to write to that keeps the sha256 of what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
 
 
 def load(path: Path) -> ir.Model:

@@ -24,32 +24,33 @@ def run_onnx(
     """Yield the values named outputs for each feed. They may be any values of the graph, not its outputs alone."""
     import onnx_ir as ir
 
-    ort = _library()
     copy = model.clone()
     values = {v.name: v for node in copy.graph for v in node.outputs}
     present = {v.name for v in copy.graph.outputs}
     copy.graph.outputs.extend(values[name] for name in outputs if name not in present)
+    tensors = [v.const_value for v in copy.graph.initializers.values()]
+    folders = {Path(t.base_dir) for t in tensors if isinstance(t, ir.ExternalTensor)}
+    if len(folders) == 1 and not any(isinstance(t, ir.LazyTensor) for t in tensors):
+        # The weights lie in one folder already: only the graph is handed over.
+        running = session(ir.to_proto(copy).SerializeToString(), folders.pop())
+    else:
+        with TemporaryDirectory() as scratch:
+            onnx_files.save({"model": copy}, Path(scratch))
+            running = session(Path(scratch) / "model.onnx")
+    for feed in feeds:
+        yield dict(zip(outputs, running.run(list(outputs), dict(feed)), strict=True))
+
+
+def session(model: Path | bytes, weights: Path | None = None) -> Any:
+    """An InferenceSession on the CPU, on all cores of this process. weights: the folder that bytes refer into."""
+    ort = _library()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    folders = {
-        Path(v.const_value.base_dir)
-        for v in copy.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    lazy = any(isinstance(v.const_value, ir.LazyTensor) for v in copy.graph.initializers.values())
-    with TemporaryDirectory() as scratch:
-        if lazy or len(folders) != 1:
-            onnx_files.save({"model": copy}, Path(scratch))
-            session = ort.InferenceSession(f"{scratch}/model.onnx", options, providers=["CPUExecutionProvider"])
-        else:
-            # The weights lie in one folder already: only the graph is handed over.
-            key = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(key, str(folders.pop()))
-            proto = ir.to_proto(copy).SerializeToString()
-            session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    for feed in feeds:
-        yield dict(zip(outputs, session.run(list(outputs), dict(feed)), strict=True))
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    source = str(model) if isinstance(model, Path) else model
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _library() -> Any:

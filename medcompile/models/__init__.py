@@ -42,11 +42,13 @@ class Traced:
     """A task's graph, traced without weights.
 
     exported: torch.export.ExportedProgram over fake tensors. parameters: its parameter or buffer name -> the
-    checkpoint's tensor name, for every one that the graph may hold.
+    checkpoint's tensor name, for every one that the graph may hold. prefixes: module paths that names in the graph
+    leave out, the longest first, so that a layer is called the same in every task's graph.
     """
 
     exported: Any
     parameters: Mapping[str, str]
+    prefixes: tuple[str, ...] = ()
 
 
 class Family(Protocol):

@@ -1,14 +1,19 @@
-"""Fit an encoder that another exporter wrote (Optimum's model.onnx) to the face that our graphs have."""
+"""An encoder that another exporter wrote (Optimum's model.onnx): fitted to the face of our graphs, and as reference."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import SourceError
-from medcompile.spec import GraphSpec
+from medcompile.spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+
+    Array = np.ndarray[Any, Any]
 
 # What exporters call the output that a task is built on.
 _OUTPUTS = {
@@ -42,8 +47,11 @@ def adapt_encoder(model: ir.Model, spec: GraphSpec, pooling: str) -> None:
             value = ir.Value(name=face.name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(face.shape))
             have[face.name] = value
     graph.inputs[:] = [have[t.name] for t in spec.inputs]
-    if source.shape is None:
-        raise SourceError(f"the ONNX model's output {wanted} has no shape", fix="export it again with shape inference")
+    if source.dtype != ir.DataType.FLOAT:
+        raise SourceError(
+            f"the ONNX model gives {wanted} as {source.dtype.name.lower() if source.dtype else 'nothing known'}",
+            fix="export it again in float32; medcompile makes the 16-bit variants itself",
+        )
     if spec.name == "embed":
         result = _pooled(graph, source, have["attention_mask"], pooling)
     elif spec.name == "fill-mask":
@@ -88,6 +96,50 @@ def _constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
     import onnx_ir as ir
 
     tensor = ir.tensor(np.array(value, np.int64), name=name)
-    constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+    constant = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     graph.register_initializer(constant)
     return constant
+
+
+class ImportedExecutor:
+    """The file itself in ONNX Runtime, unchanged, its answer pooled or gathered in numpy as spec asks."""
+
+    def __init__(self, path: Path, spec: GraphSpec, pooling: str) -> None:
+        from medcompile.run_onnx import session
+
+        self._spec = spec
+        self._pooling = pooling
+        self._session: Any = session(path)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._spec.outputs
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        import numpy as np
+
+        own = {i.name: feeds[i.name] for i in self._session.get_inputs()}
+        (result,) = self._session.run([_OUTPUTS[self._spec.name]], own)
+        if self._spec.name == "fill-mask":
+            result = result[np.arange(len(result)), feeds["mask_position"]]
+        elif self._spec.name == "embed" and self._pooling == "cls":
+            result = result[:, 0]
+        elif self._spec.name == "embed":
+            real = feeds["attention_mask"][:, :, None].astype(np.float32)
+            result = (result * real).sum(1) / real.sum(1)
+        return {self._spec.outputs[0].name: result}
+
+    def close(self) -> None:
+        self._session = None
+
+    def __enter__(self) -> ImportedExecutor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

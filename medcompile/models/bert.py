@@ -37,6 +37,7 @@ class Bert:
     tasks: tuple[str, ...] = tuple(_CLASSES)
 
     def graph_spec(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> GraphSpec:
+        _check_architecture(checkpoint)
         limit = int(checkpoint.config["max_position_embeddings"])
         for profile in options.profiles:
             if profile.axis("sequence").max > limit:
@@ -51,7 +52,9 @@ class Bert:
             ids.append(TensorSpec("mask_position", "int64", ("batch",)))
         outputs = {
             "embed": TensorSpec("embedding", "float32", ("batch", int(checkpoint.config["hidden_size"]))),
-            "token-classification": TensorSpec("logits", "float32", ("batch", "sequence", len(_labels(checkpoint, options)))),
+            "token-classification": TensorSpec(
+                "logits", "float32", ("batch", "sequence", len(_labels(checkpoint, options)))
+            ),
             "sequence-classification": TensorSpec("logits", "float32", ("batch", len(_labels(checkpoint, options)))),
             "fill-mask": TensorSpec("logits", "float32", ("batch", int(checkpoint.config["vocab_size"]))),
         }
@@ -73,7 +76,8 @@ class Bert:
             example = tuple(torch.zeros([sizes[str(d)] for d in t.shape], dtype=torch.int64) for t in spec.inputs)
             shapes = tuple({i: dims[str(d)] for i, d in enumerate(t.shape)} for t in spec.inputs)
             exported = torch.export.export(wrapped, example, dynamic_shapes=shapes)
-        return Traced(exported, {f"model.{name}": stored for name, stored in parameters.items()})
+        prefixes = ("model.bert.", "model.")
+        return Traced(exported, {f"model.{name}": stored for name, stored in parameters.items()}, prefixes)
 
     def adapt(self, model: Any, checkpoint: Checkpoint, task: str, options: ModelOptions) -> None:
         from medcompile.models._imported import adapt_encoder
@@ -103,6 +107,11 @@ class Bert:
         return notes
 
     def reference(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> Executor:
+        spec = self.graph_spec(checkpoint, task, options)
+        if checkpoint.kind == "onnx":
+            from medcompile.models._imported import ImportedExecutor
+
+            return ImportedExecutor(checkpoint.folder / checkpoint.weights[0], spec, options.pooling)
         import torch
         import transformers
 
@@ -113,7 +122,6 @@ class Bert:
         model = cls.from_pretrained(
             checkpoint.folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **extra
         ).eval()
-        spec = self.graph_spec(checkpoint, task, options)
         return TorchExecutor(spec, _wrapper(model, task, options.pooling))
 
 
@@ -121,10 +129,28 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _check_architecture(checkpoint: Checkpoint) -> None:
+    """A config of 2019 says no model_type; one that says another would be read as BERT and give other answers."""
+    said = checkpoint.config.get("model_type", "bert")
+    positions = checkpoint.config.get("position_embedding_type", "absolute")
+    if said != "bert" or positions != "absolute":
+        what = f"a {said} model" if said != "bert" else f"a BERT with {positions} positions"
+        raise SourceError(
+            f"{checkpoint.source}: this is {what}", fix="the family bert takes BertModel checkpoints alone"
+        )
+    missing = [k for k in ("max_position_embeddings", "hidden_size", "vocab_size") if k not in checkpoint.config]
+    if missing:
+        raise SourceError(
+            f"{checkpoint.source}: config.json does not say {', '.join(missing)}", fix="fetch config.json again"
+        )
+
+
 def _labels(checkpoint: Checkpoint, options: ModelOptions) -> list[str]:
-    """Label strings by id. transformers writes none for two default labels, which count as LABEL_0 and LABEL_1."""
+    """Label strings by id. transformers writes no table for two default labels; they count as LABEL_0 and LABEL_1."""
     table = checkpoint.config.get("id2label")
-    own = [table[k] for k in sorted(table, key=int)] if table else ["LABEL_0", "LABEL_1"]
+    own = [f"LABEL_{i}" for i in range(int(checkpoint.config.get("num_labels", 2)))]
+    if table:
+        own = [str(table[k]) for k in sorted(table, key=int)]
     if options.labels and len(options.labels) != len(own):
         raise UsageError(
             f"model.labels names {len(options.labels)} labels, the checkpoint has {len(own)}: {', '.join(own)}",

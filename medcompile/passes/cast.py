@@ -6,32 +6,39 @@ them; everything else, weights included, becomes 16-bit. Inputs and outputs of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from medcompile.errors import PassError
+from medcompile.passes.quantize import kept
 from medcompile.program import Context, Graph, Program
 from medcompile.spec import Precision, Stage
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
+
+    Array = np.ndarray[Any, Any]
 
 # Sums over many elements, or exponentials: fp16 ends at 65504 and bf16 has 8 bits of mantissa.
 _KEPT_OPS = frozenset(
-    {"LayerNormalization", "Softmax", "ReduceSum", "ReduceMean", "ReduceMax", "Pow", "Sqrt", "Range", "Div"}
+    {"LayerNormalization", "Softmax", "ReduceSum", "ReduceMean", "ReduceMax", "Pow", "Sqrt", "Range", "Div", "Clip"}
 )
+# What passes/dynamic_int8.py writes before a MatMulInteger, and how many values after it: sum, cast, by row, by column.
+_ROUNDING_OPS = frozenset({"Cast", "Add", "Round", "Div", "Max", "Mul", "ReduceMax"})
+_SCALINGS = 4
 
 
 @dataclass(frozen=True)
 class Cast:
-    """keep: glob patterns over names of nodes that stay in fp32, beside the operators that always do."""
+    """keep: glob patterns over names of nodes that stay in fp32 (as in Quantize), beside the operators that always do.
+
+    Raises PassError naming a weight that goes beyond the dtype, when the result is written.
+    """
 
     dtype: Precision
     keep: tuple[str, ...] = ()
     name: str = "cast"
-    version: int = 1
+    version: int = 2
     needs: Stage = Stage.SIMPLIFIED
     gives: Stage = Stage.TYPED
 
@@ -61,15 +68,17 @@ class _Lowering:
 
         low = ir.DataType.FLOAT16 if self.dtype is Precision.FLOAT16 else ir.DataType.BFLOAT16
         graph = self.model.graph
+        rounding = _dynamic_rounding(graph)
         for node in list(graph):
-            if node.op_type == "Cast" or not any(_is_float(v) for v in (*node.inputs, *node.outputs)):
+            if node.op_type == "Cast" or not any(_is_float(v) for v in node.inputs):
                 continue
+            in_float32 = node.op_type in _KEPT_OPS or node in rounding or kept(node.name or "", self.keep)
             if node.op_type == "QuantizeLinear":
-                # x and its scale must agree; x is left as it comes, so that no rounding is added before quantizing.
-                self._convert_input(node, 1, _dtype_of(node.inputs[0]))
-                continue
-            kept = node.op_type in _KEPT_OPS or any(fnmatchcase(node.name or "", k) for k in self.keep)
-            dtype = ir.DataType.FLOAT if kept else low
+                # x is left as it comes, so that no rounding is added before quantizing; its scale must be of its type.
+                in_float32 = _dtype_of(node.inputs[0]) is ir.DataType.FLOAT or not _holds(node.inputs[1], low)
+            elif node.op_type == "DequantizeLinear":
+                in_float32 = not _holds(node.inputs[1], low)
+            dtype = ir.DataType.FLOAT if in_float32 else low
             for i, value in enumerate(node.inputs):
                 if _is_float(value):
                     self._convert_input(node, i, dtype)
@@ -77,7 +86,7 @@ class _Lowering:
                 if _is_float(value):
                     value.dtype = dtype
         for i, value in enumerate(list(graph.outputs)):
-            if value.dtype != ir.DataType.FLOAT:
+            if value.dtype == low:
                 name, value.name = value.name, f"{value.name}/{low.name.lower()}"
                 cast = self._cast_node(value, ir.DataType.FLOAT)
                 cast.name = name
@@ -101,11 +110,15 @@ class _Lowering:
         """A copy of an initializer in dtype, made when it is written."""
         import onnx_ir as ir
 
+        from medcompile.passes.derived import Derived
+
         tensor = value.const_value
         assert tensor is not None
         name = f"{value.name}.{dtype.name.lower()}"
-        lazy = ir.LazyTensor(_rounded(tensor, dtype), dtype, ir.Shape(tensor.shape.numpy()), name=name)
-        copy = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=lazy)
+        made: ir.TensorProtocol = Derived(tensor, dtype, name=name)
+        if tensor.size == 1:
+            made = ir.Tensor(_scalar(tensor, dtype), dtype=dtype, name=name)
+        copy = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=made)
         self.model.graph.register_initializer(copy)
         return copy
 
@@ -134,19 +147,46 @@ def _dtype_of(value: ir.Value | None) -> ir.DataType:
     return value.dtype
 
 
-def _rounded(tensor: ir.TensorProtocol, dtype: ir.DataType) -> Callable[[], ir.TensorProtocol]:
-    def make() -> ir.TensorProtocol:
-        import numpy as np
-        import onnx_ir as ir
+def _scalar(tensor: ir.TensorProtocol, dtype: ir.DataType) -> Array:
+    """A single number rounded to dtype. One beyond its range means "as good as infinite" (a mask's), and is clipped."""
+    import ml_dtypes
+    import numpy as np
 
-        array = tensor.numpy()
-        with np.errstate(over="ignore"):
-            rounded = array.astype(dtype.numpy())
-        if not np.isfinite(rounded.astype(np.float32)).all():
-            raise PassError(
-                f"cast: weight {tensor.name} reaches {np.abs(array).max():.4g}, beyond {dtype.name.lower()}",
-                fix="use float: bfloat16 for this variant, or keep the node that uses it",
-            )
-        return ir.tensor(rounded, dtype=dtype, name=tensor.name)
+    limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
+    number: Array = np.clip(tensor.numpy(), -limit, limit).astype(dtype.numpy())
+    return number
 
-    return make
+
+def _holds(scale: ir.Value | None, dtype: ir.DataType) -> bool:
+    """True if dtype gives every positive scale with its full mantissa: tiny ones would lose bits, or become 0."""
+    import ml_dtypes
+    import numpy as np
+
+    if scale is None or scale.const_value is None:
+        return False
+    array = np.abs(scale.const_value.numpy().astype(np.float32))
+    info = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
+    return bool((array <= float(info.max)).all() and (array[array > 0] >= float(info.smallest_normal)).all())
+
+
+def _dynamic_rounding(graph: ir.Graph) -> set[ir.Node]:
+    """The arithmetic around each MatMulInteger: from the row's magnitude to its codes, and from the int32 sums to the
+    result. A scale rounded to 16 bits would push codes past 255, where they wrap, and sums pass 65504 easily."""
+    found: set[ir.Node] = set()
+    for node in graph:
+        if node.op_type != "MatMulInteger":
+            continue
+        before = [node.inputs[0]]
+        for value in before:
+            producer = value.producer() if value is not None else None
+            if producer is not None and producer.op_type in _ROUNDING_OPS and producer not in found:
+                found.add(producer)
+                # Div's first input is the activation itself: there the rounding begins.
+                before += producer.inputs[1:] if producer.op_type == "Div" else producer.inputs[:1]
+        after = list(node.outputs)
+        for value in after:
+            for user, _ in value.uses():
+                if user.op_type in ("Cast", "Mul") and len(after) < _SCALINGS:
+                    found.add(user)
+                    after += user.outputs
+    return found

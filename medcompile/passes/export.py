@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from medcompile.errors import PassError
+from medcompile.errors import PassError, SourceError
 from medcompile.models import Family, ModelOptions
 from medcompile.program import Graph, Program
 from medcompile.spec import GraphSpec, Stage
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from medcompile.sources import Checkpoint
 
-VERSION = 1
+VERSION = 2
 OPSET = 21  # the first with block-wise INT4 DequantizeLinear
+_REWRITTEN = 18  # below this onnxscript's converter leaves attributes that became inputs; onnx's own does not
 
 
 def export(family: Family, checkpoint: Checkpoint, options: ModelOptions) -> Program:
@@ -30,7 +31,7 @@ def export(family: Family, checkpoint: Checkpoint, options: ModelOptions) -> Pro
     for task in options.tasks:
         spec = family.graph_spec(checkpoint, task, options)
         if checkpoint.kind == "onnx":
-            model = _imported(checkpoint)
+            model = _imported(checkpoint, spec)
             family.adapt(model, checkpoint, task, options)
         else:
             model = _traced(family, checkpoint, task, options, spec)
@@ -57,8 +58,10 @@ def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOpt
     if program is None:
         raise PassError(f"export: {task}: torch.onnx gave no program", fix="run with -v and look at torch's messages")
     model: ir.Model = program.model
-    _name_nodes(model)
+    _name_nodes(model, traced.prefixes)
     _bind(model, traced.parameters, tensors, task)
+    for name, value in list(model.graph.initializers.items()):
+        value.name = _without(name, traced.prefixes)
     _strip(model)
     model.graph.name = task
     model.producer_name, model.producer_version = "medcompile", ""
@@ -108,7 +111,12 @@ def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, 
         graph.insert_before(first, cast)
 
 
-def _name_nodes(model: ir.Model) -> None:
+def _without(path: str, prefixes: tuple[str, ...]) -> str:
+    """path less the first of prefixes that it begins with."""
+    return next((path.removeprefix(p) for p in prefixes if path.startswith(p)), path)
+
+
+def _name_nodes(model: ir.Model, prefixes: tuple[str, ...]) -> None:
     """Give nodes and values names that say where they come from: `encoder.layer.3.output.dense/MatMul`.
 
     torch numbers its nodes through; the module path that it leaves in the metadata is what people know a layer by.
@@ -116,7 +124,8 @@ def _name_nodes(model: ir.Model) -> None:
     seen: dict[str, int] = {}
     for node in model.graph:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-        path = next((s for s in reversed(scopes[:-1]) if s and not s.startswith("_")), "model").removeprefix("model.")
+        path = next((s for s in reversed(scopes[:-1]) if s and not s.startswith("_")), "model")
+        path = _without(path, prefixes)
         name = f"{path}/{node.op_type}"
         count = seen[name] = seen.get(name, -1) + 1
         node.name = f"{name}_{count}" if count else name
@@ -139,20 +148,41 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _imported(checkpoint: Checkpoint) -> ir.Model:
-    """The ONNX model of an exported folder, its weights memory-mapped, raised to this compiler's opset."""
+def _imported(checkpoint: Checkpoint, spec: GraphSpec) -> ir.Model:
+    """The ONNX model of an exported folder, raised to this compiler's opset, shapes told in the face's axis names."""
     import onnx_ir as ir
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
     from onnxscript import version_converter
 
     path = checkpoint.folder / checkpoint.weights[0]
     model = ir.load(path)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in checkpoint.files:
+            raise SourceError(
+                f"{checkpoint.source}: {path.name} keeps {value.name} in {tensor.location}, which is not in the folder",
+                fix="copy it beside the model, or save the model again with its weights in one model.onnx_data",
+            )
     version = model.opset_imports.get("", 0)
     if version > OPSET:
-        raise PassError(
-            f"export: {path.name} is opset {version}; this compiler's graphs are opset {OPSET}",
+        raise SourceError(
+            f"{checkpoint.source}: {path.name} is opset {version}; this compiler's graphs are opset {OPSET}",
             fix=f"export it again with opset {OPSET} or lower",
         )
+    if version < _REWRITTEN:
+        version_converter.convert_version(model, target_version=_REWRITTEN, fallback=True)
     version_converter.convert_version(model, target_version=OPSET)
+    faces = {t.name: t.shape for t in spec.inputs}
+    for value in model.graph.inputs:
+        if value.name in faces:
+            value.shape = ir.Shape(faces[value.name])
+    inferred = ir.from_proto(SymbolicShapeInference.infer_shapes(ir.to_proto(model), auto_merge=True))
+    known = {value.name: value for node in inferred.graph for value in node.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in known:
+                value.type, value.shape = known[value.name].type, known[value.name].shape
     _strip(model)
+    model.graph.name = spec.name
     model.producer_name, model.producer_version = "medcompile", ""
     return model

@@ -8,7 +8,7 @@ Weights are turned lazily, one at a time as they are written; none is held in me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medcompile.program import Context, Graph, Program
 from medcompile.spec import GraphSpec, Stage
@@ -23,7 +23,7 @@ _FOLD_LIMIT_BYTES = 16_384
 @dataclass(frozen=True)
 class Simplify:
     name: str = "simplify"
-    version: int = 1
+    version: int = 2
     needs: Stage = Stage.EXPORTED
     gives: Stage = Stage.SIMPLIFIED
 
@@ -38,9 +38,13 @@ class Simplify:
 
 
 def _simplify(model: ir.Model, spec: GraphSpec) -> None:
+    import onnx_ir as ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import optimize_ir
 
+    from medcompile.passes.fuse import fuse
+
+    fuse(model)  # first, for the optimizer drops an epsilon of 1e-12 as if it were 0
     optimize_ir(
         model,
         input_size_limit=_FOLD_LIMIT_BYTES,
@@ -48,19 +52,24 @@ def _simplify(model: ir.Model, spec: GraphSpec) -> None:
         should_fold=lambda node: False if _turns_weight(node) else None,
     )
     _name_axes(model, spec)
+    _plain_linears(model)
     _turn_weights(model)
     _constant_reshapes(model)
     common.IdentityEliminationPass()(model)
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)
     _name_values(model)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.release()  # the passes above have mapped some, and each holds a file open
 
 
 def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
-    """Rename torch's symbols (s18, s41) to the axis names of the face, in every shape of the graph."""
+    """Rename torch's symbols (s18, s41) to the axis names of the face, in every shape of the graph; others become
+    unknown."""
     import onnx_ir as ir
 
-    names: dict[str, str] = {}
+    names = {dim: dim for face in spec.inputs for dim in face.shape if isinstance(dim, str)}
     for value, face in zip(model.graph.inputs, spec.inputs, strict=True):
         if value.shape is not None:
             for dim, wanted in zip(value.shape, face.shape, strict=True):
@@ -72,64 +81,97 @@ def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
     for node in model.graph:
         for value in node.outputs:
             if value.shape is not None and not value.is_graph_output():
-                value.shape = ir.Shape(
-                    [names.get(str(d.value), d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-                )
+                value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d.value)) for d in value.shape])
 
 
 def _turns_weight(node: ir.Node) -> bool:
-    """True for a Cast or Transpose of a large initializer, which would be computed in memory if folded."""
-    source = node.inputs[0] if node.op_type in ("Cast", "Transpose") and not node.domain else None
-    return source is not None and source.const_value is not None and source.const_value.nbytes > _FOLD_LIMIT_BYTES
+    """True for a Cast or matrix Transpose of a stored weight, which folding would compute in memory."""
+    import onnx_ir as ir
+
+    if node.op_type not in ("Cast", "Transpose") or node.domain:
+        return False
+    tensor = node.inputs[0].const_value if node.inputs[0] is not None else None
+    if tensor is None or (node.op_type == "Transpose" and len(tensor.shape) != 2):
+        return False
+    return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _FOLD_LIMIT_BYTES
 
 
-def _turn_weights(model: ir.Model) -> None:
-    """Replace Cast and Transpose of an initializer by the turned initializer, evaluated when it is written."""
+def _plain_linears(model: ir.Model) -> None:
+    """Write a Gemm over a stored matrix as MatMul and Add, so that all linear layers look alike.
+
+    torch traces poolers and heads, which see one row per text, as Gemm. They are named after their weight's module.
+    """
     import onnx_ir as ir
 
     graph = model.graph
     for node in list(graph):
-        if node.op_type not in ("Cast", "Transpose") or node.domain or len(node.inputs) != 1:
+        if node.op_type != "Gemm" or node.domain:
             continue
-        source = node.inputs[0]
-        if source is None or source.const_value is None or not source.is_initializer():
+        left, weight, *bias = node.inputs
+        attributes = {name: value.value for name, value in node.attributes.items()}
+        if left is None or weight is None or weight.const_value is None or attributes.pop("transA", 0):
             continue
-        result = node.outputs[0]
-        if result.is_graph_output():
+        if attributes.pop("alpha", 1.0) != 1.0 or attributes.pop("beta", 1.0) != 1.0:
             continue
-        tensor = source.const_value
+        if attributes.pop("transB", 0):
+            weight = _derived(graph, weight, transposed=True)
+        path = (node.inputs[1].name or "").removesuffix(".T")  # type: ignore[union-attr]
+        path = path.removesuffix(".weight") if path.endswith(".weight") else (node.name or "").removesuffix("/Gemm")
+        out = node.outputs[0]
+        last = product = ir.node("MatMul", [left, weight], name=f"{path}/MatMul")
+        made = [product]
+        if bias and bias[0] is not None:
+            last = ir.node("Add", [product.outputs[0], bias[0]], name=f"{path}/Add")
+            made.append(last)
+        for one in made:
+            one.outputs[0].type, one.outputs[0].shape = out.type, out.shape
+        graph.insert_before(node, made)
+        out.replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
+        last.outputs[0].name, out.name = out.name, None
+        graph.remove(node, safe=True)
+
+
+def _turn_weights(model: ir.Model) -> None:
+    """Replace Cast and matrix Transpose of an initializer by the turned initializer, evaluated when it is written."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        if (
+            not _turns_weight(node)
+            or source is None
+            or not source.is_initializer()
+            or node.outputs[0].is_graph_output()
+        ):
+            continue
         if node.op_type == "Cast":
-            dtype = ir.DataType(node.attributes["to"].as_int())
-            shape, turned = ir.Shape(tensor.shape.numpy()), _cast(tensor, dtype)
+            turned = _derived(graph, source, dtype=ir.DataType(node.attributes["to"].as_int()))
         else:
-            dtype = tensor.dtype
-            sizes = tensor.shape.numpy()
-            default = list(range(len(sizes)))[::-1]
-            order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else default
-            shape = ir.Shape([sizes[i] for i in order])
-            turned = _transposed(tensor, order)
-        name = f"{source.name}.{'T' if node.op_type == 'Transpose' else dtype.name.lower()}"
-        if name not in graph.initializers:
-            lazy = ir.LazyTensor(turned, dtype, shape, name=name)
-            graph.register_initializer(ir.Value(name=name, type=ir.TensorType(dtype), shape=shape, const_value=lazy))
-        result.replace_all_uses_with(graph.initializers[name])
+            turned = _derived(graph, source, transposed=True)
+        node.outputs[0].replace_all_uses_with(turned)
         graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
 
 
-def _cast(tensor: Any, dtype: ir.DataType) -> Any:
+def _derived(
+    graph: ir.Graph, source: ir.Value, *, dtype: ir.DataType | None = None, transposed: bool = False
+) -> ir.Value:
+    """The initializer that is source in dtype or transposed: `query.weight.T`, `query.weight.float`."""
     import onnx_ir as ir
 
-    return lambda: ir.tensor(tensor.numpy().astype(dtype.numpy()))
+    from medcompile.passes.derived import Derived
 
-
-def _transposed(tensor: Any, order: list[int]) -> Any:
-    import numpy as np
-    import onnx_ir as ir
-
-    return lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), dtype=tensor.dtype)
+    assert source.const_value is not None
+    dtype = dtype or source.const_value.dtype
+    name = f"{source.name}.{'T' if transposed else dtype.name.lower()}"
+    if name not in graph.initializers:
+        tensor = Derived(source.const_value, dtype, transposed=transposed, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
 
 
 def _constant_reshapes(model: ir.Model) -> None:
@@ -165,15 +207,8 @@ def _constant_reshapes(model: ir.Model) -> None:
 
 
 def _name_values(model: ir.Model) -> None:
-    """Stable names: initializers lose the wrapper's prefix, values are called after the node that makes them."""
+    """Stable names: values are called after the node that makes them."""
     graph = model.graph
-    for name in list(graph.initializers):
-        value = graph.initializers[name]
-        short = name.removeprefix("model.")
-        if short != name and short not in graph.initializers:
-            value.name = short
-            if value.const_value is not None:
-                value.const_value.name = short
     taken: set[str] = set()
     for node in graph:
         base = node.name if node.name and not node.name.startswith("node_") else f"model/{node.op_type}"
