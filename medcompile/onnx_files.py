@@ -43,13 +43,12 @@ def save(models: Mapping[str, ir.Model], folder: Path, *, keep_references: bool 
                 if tensor.nbytes < _INLINE_BYTES:
                     value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
                     continue
-                assert isinstance(tensor, ir.TensorBase)
                 place = _written_once(tensor, weights, offsets)
                 value.const_value = _external(value, Path(WEIGHTS_FILE), *place)
             ir.save(copy, folder / f"{name}.onnx")
 
 
-def _written_once(tensor: ir.TensorBase, file: BinaryIO, offsets: dict[str, tuple[int, int]]) -> tuple[int, int]:
+def _written_once(tensor: ir.TensorProtocol, file: BinaryIO, offsets: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Offset and length of tensor's bytes in file: where they are already by offsets (sha256 -> place), or at its end.
 
     They are written before their digest is known, piece by piece, and taken back if they were there.
@@ -58,7 +57,7 @@ def _written_once(tensor: ir.TensorBase, file: BinaryIO, offsets: dict[str, tupl
     file.write(b"\0" * (-end % _ALIGN_BYTES))
     start = file.tell()
     pieces = _Hashing(file)
-    tensor.tofile(pieces)
+    tensor.tofile(pieces)  # type: ignore[attr-defined]  # every class of onnx_ir has it
     key = pieces.digest.hexdigest()
     if key in offsets:
         file.seek(end)
