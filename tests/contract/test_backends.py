@@ -122,19 +122,18 @@ def test_outputs_belong_to_the_caller(executor: Executor) -> None:
 def test_threads_that_run_at_once_get_what_they_would_get_alone(executor: Executor) -> None:
     cases = [graphs.feeds(1 + i % 4, 2 + 3 * i, seed=i) for i in range(8)]
     alone = [executor.run(case)["embedding"] for case in cases]
-    wrong: list[int] = []
+    wrong: list[bool] = []
 
     def work(index: int) -> None:
-        for _ in range(10):
-            if not np.allclose(executor.run(cases[index])["embedding"], alone[index], atol=1e-5):
-                wrong.append(index)
+        results = [executor.run(cases[index])["embedding"] for _ in range(10)]
+        wrong.extend(not np.allclose(result, alone[index], atol=1e-5) for result in results)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(cases))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(wrong) == 10 * len(cases) and not any(wrong)
 
 
 def test_a_closed_executor_says_so(executor: Executor) -> None:
