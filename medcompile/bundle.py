@@ -184,6 +184,8 @@ class Writer:
         except FileNotFoundError:
             return
         except NotADirectoryError:
+            if not self.place.exists():  # it is its parent that is no folder
+                raise
             there = [self.place.name]
         if there and MANIFEST not in there:
             raise UsageError(

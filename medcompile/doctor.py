@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the machine, the libraries that build, every target of every backend, the cache and the hub's settings."""
+    """Look at the machine, the libraries that build, every backend's targets, the cache and the hub's settings."""
     return [_cpu(), _memory(), _build(), *_targets(), _cache(), _hub()]
 
 

@@ -92,13 +92,14 @@ class _Build:
         targets = self.targets()
         with bundle.Writer(out) as writer:
             lowered = {v.name: self.lowered(v) for v in self.job.variants}
+            references = {task: self.reference(task) for task in self.options.tasks}
             artifacts = [
-                self.artifact(variant, target, task, lowered[variant.name])
+                self.artifact(variant, target, task, lowered[variant.name], references[task])
                 for variant in self.job.variants
                 for target in targets
                 for task in self.options.tasks
             ]
-            finished = self.write(writer, artifacts, lowered)
+            finished = self.write(writer, artifacts, lowered, references)
         if not budget.is_kept(finished):
             quantized = [v for v in self.job.variants if v.quantized]
             raise budget.over_budget(finished, {v.name: self.sensitivity(v) for v in quantized})
@@ -278,7 +279,9 @@ class _Build:
 
         return self.steps.run(f"reference {task}", cache.key("reference", _REFERENCE_VERSION, *parts), fill)
 
-    def artifact(self, variant: Variant, target: Target, task: str, lowered: Step) -> tuple[Artifact, Path]:
+    def artifact(
+        self, variant: Variant, target: Target, task: str, lowered: Step, reference: Step
+    ) -> tuple[Artifact, Path]:
         """One graph built for one target and judged: the artifact, and the cache folder its files are in."""
         backend = backends.get(target.backend)
         spec = self.graphs[task]
@@ -292,7 +295,6 @@ class _Build:
         key = cache.key("artifact", _ARTIFACT_VERSION, lowered.key, spec, variant, target, __version__)
         made = self.steps.run(f"build {label}", key, make)
         built = manifest.decode(backends.Built, json.loads((made.folder / "built.json").read_text("utf-8")), label)
-        reference = self.reference(task)
         _, evaluation = self.datasets
 
         def judge(folder: Path) -> None:
@@ -327,7 +329,11 @@ class _Build:
     # ---- the end
 
     def write(
-        self, writer: bundle.Writer, artifacts: Sequence[tuple[Artifact, Path]], lowered: Mapping[str, Step]
+        self,
+        writer: bundle.Writer,
+        artifacts: Sequence[tuple[Artifact, Path]],
+        lowered: Mapping[str, Step],
+        references: Mapping[str, Step],
     ) -> Bundle:
         for variant, step in lowered.items():
             for file in [*sorted(step.folder.glob("*.onnx")), step.folder / "weights.bin"]:
@@ -340,8 +346,8 @@ class _Build:
         for file in sorted((self.assets.folder / "assets").iterdir()):
             assets[file.stem] = f"assets/{file.name}"
             shutil.copyfile(file, writer.path(assets[file.stem]))
-        for task in self.options.tasks:
-            shutil.copyfile(self.reference(task).folder / f"{task}.npz", writer.path(f"reference/{task}.npz"))
+        for task, reference in references.items():
+            shutil.copyfile(reference.folder / f"{task}.npz", writer.path(f"reference/{task}.npz"))
         writer.path("recipe.resolved.yaml").write_text(recipe.resolved(self.job), encoding="utf-8")
         table = {v: self.layers(step) for v, step in lowered.items()}
         writer.path("layers.json").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")

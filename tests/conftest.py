@@ -1,4 +1,4 @@
-"""Fixtures that every test may ask for. What a test needs beside the repository is looked for here, or it is skipped."""
+"""Fixtures that every test may ask for. What one needs beside the repository is looked for here, or it is skipped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,3 +36,15 @@ def minilm() -> Path:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("MEDCOMPILE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
+    """A tiny model with all four tasks, its data and recipe, and the bundle that was built of it. Copy, then change."""
+    return tiny.built(tmp_path_factory.mktemp("workshop"), tiny.TASKS)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
+    """The same with the task embed alone."""
+    return tiny.built(tmp_path_factory.mktemp("small"), ("embed",))

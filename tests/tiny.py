@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+import medcompile
+from medcompile.bundle import Bundle
 from tests.runtime import fakes
 
 PLANTED = "Quokkaville Brzezinski xylophagous 74218"
@@ -143,12 +147,39 @@ def write_recipe(folder: Path, document: Mapping[str, Any]) -> Path:
     return path
 
 
-def write_workshop(folder: Path) -> Path:
+def write_workshop(folder: Path, tasks: Sequence[str] = ("embed",)) -> Path:
     """model/, calibration/ and recipes/tiny.yaml under folder. Returns the recipe's path."""
     write_checkpoint(folder / "model")
     write_data(folder / "calibration", "notes", records(48, 1), role="calibration")
     write_data(folder / "calibration", "held-out", records(40, 2))
-    return write_recipe(folder, recipe())
+    budget = {metric: margin for task in tasks for metric, margin in BUDGET[task].items()}
+    model = {"family": "bert", "tasks": list(tasks), "source": "path:../model"}
+    return write_recipe(folder, recipe(model=model, budget=budget))
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What write_workshop() wrote under root, the cache that the build filled, and the bundle that came out."""
+
+    root: Path
+    recipe: Path
+    cache: Path
+    bundle: Path
+
+    def build(self, **how: Any) -> Bundle:
+        """Build the recipe again with this cache, into the same place unless told otherwise."""
+        return medcompile.build(**{"path": self.recipe, "out": self.bundle, "cache_folder": self.cache} | how)
+
+    def copy(self, root: Path) -> Workshop:
+        """A copy of its own under root, cache and bundle included."""
+        shutil.copytree(self.root, root, dirs_exist_ok=True)
+        return Workshop(root, *(root / p.relative_to(self.root) for p in (self.recipe, self.cache, self.bundle)))
+
+
+def built(root: Path, tasks: Sequence[str]) -> Workshop:
+    made = Workshop(root, write_workshop(root, tasks), root / "cache", root / "engines" / "tiny")
+    made.build()
+    return made
 
 
 class Events:
