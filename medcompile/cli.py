@@ -50,7 +50,7 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON for machines to stdout.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more on stderr.")]
-BundlePath = Annotated[Path, typer.Argument(help="The bundle's folder, such as engines/quickstart.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder, such as engines/quickstart.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to run on; default: every core.")]
 
 
@@ -72,10 +72,8 @@ def _root(
 
 @app.command()
 def build(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, such as recipes/quickstart.yaml.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The bundle's folder; default engines/NAME.")
-    ] = None,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, such as recipes/quickstart.yaml.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle's folder; default engines/NAME.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the recipe.")
     ] = None,
@@ -193,7 +191,9 @@ def verify(
 @app.command()
 def run(
     bundle_path: BundlePath,
-    text: Annotated[list[str] | None, typer.Argument(help="Texts; none, or -, reads stdin as one text.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none, or -, reads stdin as one text.")
+    ] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that holds one text.")] = None,
     task: Annotated[str | None, typer.Option(help="Which of the bundle's tasks; default: its first.")] = None,
     backend: Annotated[str, typer.Option(help="auto, a target or a backend.")] = "auto",

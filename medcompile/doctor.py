@@ -107,11 +107,10 @@ def _cache() -> Finding:
     folder = default_cache()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(there).free
-    writable = os.access(there, os.W_OK)
-    fix = "set MEDCOMPILE_CACHE to a folder that can be written" if not writable else "free some disk space"
-    return Finding(
-        "cache", writable and free > _DISK_WANTED_BYTES, f"{folder}, {free / 1e9:.0f} GB free on its disk", fix
-    )
+    told = f"{folder}, {free / 1e9:.0f} GB free on its disk"
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        return Finding("cache", False, told, "set MEDCOMPILE_CACHE to a folder that can be written")
+    return Finding("cache", free > _DISK_WANTED_BYTES, told, "free some disk space")
 
 
 def _hub() -> Finding:

@@ -91,6 +91,8 @@ class _Build:
         self.datasets  # noqa: B018  the cheap ways to fail come first
         targets = self.targets()
         with bundle.Writer(out) as writer:
+            for task in self.options.tasks:
+                verify.check(task, self.datasets[1].items, self.text, self.labels)
             lowered = {v.name: self.lowered(v) for v in self.job.variants}
             references = {task: self.reference(task) for task in self.options.tasks}
             artifacts = [

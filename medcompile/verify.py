@@ -89,6 +89,11 @@ def predict(encoder: Encoder, task: str, asked: Sequence[Question]) -> Predictio
     return Predictions(values, encoder.embed(passages) if all(passages) else None)
 
 
+def check(task: str, items: Sequence[Item], text: TextAssets, labels: Sequence[str]) -> None:
+    """Raise DataError if none of the items suits the task, or one has a label that the model lacks."""
+    _gold(task, questions(task, items, text), labels)
+
+
 def judge(
     task: str,
     margins: Sequence[Margin],

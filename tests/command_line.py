@@ -19,7 +19,7 @@ MAIN = "from medcompile.cli import main; main()"
 
 def call(*args: object, stdin: str | bytes | None = None) -> Result:
     """Run a command in this process. .stdout, .stderr and .exit_code say what came of it; a crash is raised here."""
-    result: Result = CliRunner().invoke(app, [str(a) for a in args], input=stdin)  # type: ignore[assignment]
+    result: Result = CliRunner().invoke(app, [str(a) for a in args], input=stdin, prog_name="medcompile")  # type: ignore[assignment]
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -271,9 +271,9 @@ def test_no_target_at_all_is_an_error_with_every_reason(small: Workshop, tmp_pat
 def test_a_pass_that_fails_names_itself_the_node_and_what_ran_before(small: Workshop, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError) as caught:
         small.build(out=tmp_path / "out", overrides=["calibration.samples=8"])
-    assert (caught.value.step, caught.value.before) == ("calibrate", ("export", "simplify", "cast fp32", "assets"))
+    assert (caught.value.step, caught.value.before) == ("calibrate", ("assets", "export", "simplify", "cast fp32"))
     assert str(caught.value).startswith("calibrate failed: embed: 8 calibration items, and 32 are the least")
-    assert "ran before: export, simplify" in str(caught.value)
+    assert "ran before: assets, export, simplify" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,7 +171,10 @@ class _Executors(Mapping[str, Executor]):
 def _candidates(loaded: Bundle, backend: str, variant: str) -> list[Choice]:
     """What the caller's wishes allow, evidence included. Raises UsageError or OverBudgetError if that is nothing."""
     if variant not in (AUTO, *loaded.variants):
-        raise UsageError(f"{loaded.name} has no variant {variant!r}; it has {', '.join(loaded.variants)}")
+        raise UsageError(
+            f"{loaded.name} has no variant {variant!r}; it has {', '.join(loaded.variants)}",
+            fix="choose one of these, or leave it at auto",
+        )
     every = _choices(loaded)
     asked = [
         c
