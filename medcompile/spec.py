@@ -17,6 +17,9 @@ Dim = int | str
 
 Scalar = str | int | float | bool
 
+ABSENT = "none"
+"""Target.arch where a machine has no device of that kind."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -129,7 +132,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Target:
-    """Where an artifact runs. name is what a recipe says (onnxruntime-cpu); version is the backend library's."""
+    """Where an artifact runs. name is what a recipe says (onnxruntime-cpu); version is the backend library's.
+
+    arch: of the device that runs it: x86_64, sm_89; sm_80+ of an artifact that any such GPU or later takes.
+    """
 
     name: str
     backend: str
@@ -137,6 +143,11 @@ class Target:
     arch: str = ""
     os: str = ""
     version: str = ""
+
+    @property
+    def present(self) -> bool:
+        """False of a probed machine that has the library but no such device: it builds artifacts, and runs none."""
+        return self.arch != ABSENT
 
 
 class Verdict(StrEnum):

@@ -1,0 +1,158 @@
+"""A TensorRT build as seen from outside: what is asked, what came of it, and how its process ended.
+
+The process itself is _tensorrt_build.py. It may print, hang, abort or be killed; whatever it does becomes an Outcome
+or a BackendError with the library's last useful lines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from medcompile.errors import BackendError
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "progress: "
+"""Lines of the process's standard output that begin so tell how far the build is."""
+SHOWN_LINES = 8
+"""So many lines of the library go into an error."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build. profiles: for each, the smallest, usual and largest shape of every input.
+
+    library: the module to build with. operators: those of the graph, to be told apart on failure.
+    compute_capabilities: 80 for 8.0; empty for the library's default. workspace_mb 0: the library's default.
+    timing_cache: a file to read and write kernel timings; empty for none.
+    """
+
+    library: str
+    onnx: str
+    plan: str
+    log: str
+    outcome: str
+    operators: Sequence[str]
+    profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]
+    compute_capabilities: Sequence[int] = ()
+    workspace_mb: int = 0
+    version_compatible: bool = False
+    timing_cache: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job. problems: why there is no plan, in the library's words with the node where it is known.
+
+    unknown: operators of the graph that the parser does not have. layers: the library's layer table.
+    seconds: of parsing and building, without imports; peak_rss_bytes: of the process.
+    """
+
+    built: bool
+    problems: Sequence[str] = ()
+    unknown: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    layers: str = ""
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+
+
+def run(job: Job, label: str, timeout_s: float, scratch: Path) -> Outcome:
+    """Do the job in a process of its own. label: what is built by what, for messages and the log.
+
+    Raises BackendError where the process dies, or outlasts timeout_s and is killed.
+    """
+    order = scratch / "job.json"
+    order.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    phase, output, late = "starting", [], threading.Event()
+    process = subprocess.Popen(
+        [*_command(), str(order)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=_environment(job.library, scratch),
+    )
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        for line in map(str.strip, process.stdout):
+            if line.startswith(PROGRESS):
+                phase = line.removeprefix(PROGRESS)
+                log.info("%s: %s", label, phase)
+            elif line:
+                output.append(line)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+    if code == 0:
+        return Outcome(**json.loads(Path(job.outcome).read_text(encoding="utf-8")))
+    last = _last_lines(Path(job.log), output)
+    if late.is_set():
+        raise BackendError(
+            f"{label}: still not built after {timeout_s:g} s (phase: {phase}){last}",
+            fix="raise compute.build_timeout_s of the variant, or build on a faster machine",
+        )
+    raise BackendError(
+        f"{label}: the build died of {_death(code)} (phase: {phase}){last}",
+        fix="free memory and build again"
+        if code == -signal.SIGKILL
+        else "the lines above are the library's own; leave out this target or this variant",
+    )
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-m", "medcompile.backends._tensorrt_build"]
+
+
+def _environment(library: str, scratch: Path) -> dict[str, str]:
+    """This process's, with medcompile importable, and the library's files under their names without a version too.
+
+    The parser opens libtensorrt_rtx.so for plugins, and the wheel holds libtensorrt_rtx.so.1 only: it would abort.
+    """
+    links = scratch / "libraries"
+    links.mkdir()
+    found = find_spec(f"{library}_libs")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for file in Path(folder).glob("lib*.so.*"):
+            link = links / f"{file.name.partition('.so.')[0]}.so"
+            if not link.is_symlink():
+                link.symlink_to(file)
+    paths = {"LD_LIBRARY_PATH": str(links), "PYTHONPATH": str(Path(__file__).parents[2])}
+    return {**os.environ, **{k: os.pathsep.join(filter(None, (v, os.environ.get(k)))) for k, v in paths.items()}}
+
+
+def _last_lines(file: Path, output: Sequence[str]) -> str:
+    """The library's last errors and warnings (else its last words), and what it printed past its logger."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    useful = [line for line in lines if line.startswith(("ERROR", "WARNING"))] or lines[-2:]
+    shown = [*useful[-SHOWN_LINES:], *output[-SHOWN_LINES:]]
+    return "".join(f"\n  {line[:300]}" for line in shown)
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"{signal.Signals(-code).name} ({signal.strsignal(-code)})"
+    except ValueError:
+        return f"signal {-code}"
