@@ -84,7 +84,7 @@ class _Lowering:
                     self._convert_input(node, i, dtype)
             for value in node.outputs:
                 if _is_float(value):
-                    value.dtype = dtype
+                    value.type = ir.TensorType(dtype)  # clones share the type's object: replace it, never edit it
         for i, value in enumerate(list(graph.outputs)):
             if value.dtype == low:
                 name, value.name = value.name, f"{value.name}/{low.name.lower()}"
@@ -127,7 +127,8 @@ class _Lowering:
 
         node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}/Cast")
         result = node.outputs[0]
-        result.name, result.dtype, result.shape = f"{value.name}/Cast_output", dtype, value.shape
+        result.name, result.shape = f"{value.name}/Cast_output", value.shape
+        result.type = ir.TensorType(dtype)
         producer = value.producer()
         if producer is not None:
             self.model.graph.insert_after(producer, node)

@@ -98,11 +98,11 @@ def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, 
             name=name,
             base_dir=ref.file.parent,
         )
-        value.dtype = dtype
+        value.type = ir.TensorType(dtype)
         if wanted is not None and dtype != wanted:
             cast = ir.node("Cast", [value], {"to": wanted}, name=f"{name}/Cast")
             cast.outputs[0].name = f"{name}/Cast_output"
-            cast.outputs[0].dtype, cast.outputs[0].shape = wanted, value.shape
+            cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(wanted), value.shape
             value.replace_all_uses_with(cast.outputs[0])
             cast.replace_input_with(0, value)
             casts.append(cast)

@@ -200,7 +200,7 @@ def _constant_reshapes(model: ir.Model) -> None:
             continue
         name = f"{node.name}/shape"
         constant = ir.Value(name=name, const_value=ir.tensor(np.array(dims, np.int64), name=name))
-        constant.dtype, constant.shape = ir.DataType.INT64, ir.Shape([len(dims)])
+        constant.type, constant.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([len(dims)])
         model.graph.register_initializer(constant)
         node.replace_input_with(1, constant)
         node.attributes.pop("allowzero", None)  # under allowzero a 0 would mean an empty axis
