@@ -1,15 +1,22 @@
-"""ONNX Runtime on a CPU.
+"""ONNX Runtime on a CPU, and on an NVIDIA GPU through its CUDA and its TensorRT-RTX execution provider.
 
-build() rewrites the typed graph into ONNX Runtime's fused operators (medcompile/rewrites says how), lets the library
-fold and fuse what it knows, and stores the result, so that load() only maps a file and packs weights.
+For a CPU, build() rewrites the typed graph into ONNX Runtime's fused operators (medcompile/rewrites says how), lets
+the library fold and fuse what it knows, and stores the result, so that load() only maps a file and packs weights.
+For a GPU it copies the typed graph: what to fuse is the provider's business there. The library would run on the CPU
+with no more than a warning whatever a provider can't load or doesn't know; here either is an error.
+
+The GPU half was tested up to its refusals; nothing of it has run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +33,61 @@ if TYPE_CHECKING:
 # Fusions of the library that make a CPU slower: SkipLayerNormalization and BiasGelu are scalar loops there, eight and
 # two times as slow as the vectorised Add, LayerNormalization and Gelu that they replace (ONNX Runtime 1.31).
 _SLOWER = ("SkipLayerNormFusion", "BiasGeluFusion", "EmbedLayerNormFusion")
+_CPU = "CPUExecutionProvider"
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention"}
+"""What a GPU is there for. Small arithmetic on shapes may well stay on the CPU."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider for GPUs, and the package that brings it in place of plain onnxruntime."""
+
+    name: str
+    install: str
+
+
+_PROVIDERS = {
+    "onnxruntime-cuda": Provider(
+        "CUDAExecutionProvider", 'pip uninstall onnxruntime, then pip install "medcompile[gpu]"'
+    ),
+    "onnxruntime-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider", "pip uninstall onnxruntime, then pip install onnxruntime-trt-rtx"
+    ),
+}
 
 
 class OnnxRuntimeBackend:
     name = "onnxruntime"
-    targets = ("onnxruntime-cpu",)
+    targets = ("onnxruntime-cpu", *_PROVIDERS)
 
     def probe(self, target: str) -> Target:
         ort = _library()
-        return Target(target, self.name, "cpu", platform.machine(), platform.system().lower(), ort.__version__)
+        device, arch = "cpu", platform.machine()
+        if provider := _PROVIDERS.get(target):
+            if provider.name not in (there := ort.get_available_providers()):
+                raise BackendUnavailable(
+                    f"onnxruntime {ort.__version__} here has no {provider.name}; it has {', '.join(there)}",
+                    fix=provider.install,
+                )
+            from medcompile.backends import _cuda
+
+            device, arch = "cuda", _cuda.open_cuda().device().arch
+        return Target(target, self.name, device, arch, platform.system().lower(), ort.__version__)
 
     def build(self, onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path) -> Built:
-        """Write out/model.onnx and out/weights.bin: the fused graph, free of anything that depends on this machine."""
+        """Write out/model.onnx and out/weights.bin: the fused graph, free of anything that depends on this machine.
+
+        For a GPU the typed graph, which is tried on the device at once.
+        """
         from medcompile import onnx_files
         from medcompile.rewrites import onnxruntime as dialect
 
         ort = _library()
         model = onnx_files.load(onnx_path)
+        if target.name in _PROVIDERS:
+            onnx_files.save({"model": model}, out)
+            self.load(out / "model.onnx", spec, variant, target, None).close()
+            return Built("model.onnx", target, tuple(_notes(variant)))
         counts = dialect.rewrite(model)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -66,6 +111,9 @@ class OnnxRuntimeBackend:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.inter_op_num_threads = 1
+        if provider := _PROVIDERS.get(target.name):
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+            return OnnxRuntimeExecutor(_session_on_gpu(path, options, provider, spec), spec)
         return OnnxRuntimeExecutor(_session(path, options), spec)
 
 
@@ -117,21 +165,82 @@ def _library() -> Any:
     return onnxruntime
 
 
-def _session(path: Path, options: ort.SessionOptions, disabled: Sequence[str] = ()) -> ort.InferenceSession:
-    """A session on the CPU alone. Raises BackendError where the library refuses the file."""
+def _session(
+    path: Path,
+    options: ort.SessionOptions,
+    disabled: Sequence[str] = (),
+    providers: Sequence[str | tuple[str, dict[str, str]]] = (_CPU,),
+) -> ort.InferenceSession:
+    """A session on those providers, the CPU alone unless said. Raises BackendError where the library refuses the file
+    or leaves a provider out."""
     ort = _library()
     try:
         session = ort.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+            str(path), options, providers=list(providers), disabled_optimizers=list(disabled), enable_fallback=0
         )
     except _errors() as error:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} refuses {path.name}: {_first_line(error)}",
             fix="build the bundle again with this version of onnxruntime, or choose another target",
         ) from error
-    if session.get_providers() != ["CPUExecutionProvider"]:
-        raise BackendError(f"{path.name} was placed on {session.get_providers()}, not on the CPU")
+    wanted = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    if session.get_providers() != wanted:
+        raise BackendError(
+            f"{path.name} was placed on {', '.join(session.get_providers())}, not on {wanted[0]}",
+            fix="ONNX Runtime's warnings above say which library of CUDA it misses; or choose another target",
+        )
     return session
+
+
+def _session_on_gpu(
+    path: Path, options: ort.SessionOptions, provider: Provider, spec: GraphSpec
+) -> ort.InferenceSession:
+    """A session whose matrix products all run on the GPU. Raises BackendError where one would not."""
+    ort = _library()
+    options.log_severity_level = 2  # the warnings say why a provider could not be loaded
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it did not find
+            ort.preload_dlls()
+    records = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+    if records:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    settings = _profile_options(spec) if provider is _PROVIDERS["onnxruntime-rtx"] else {}
+    session = _session(path, options, providers=[(provider.name, settings), _CPU])
+    if records and (left := _products_on_cpu(session)):
+        raise BackendError(
+            f"{provider.name} leaves {len(left)} matrix products of {spec.name} to the CPU, {left[0]} first",
+            fix="leave this variant out of the target, or choose another target",
+        )
+    return session
+
+
+def _products_on_cpu(session: ort.InferenceSession) -> list[str]:
+    return [
+        node.name
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == _CPU
+        for node in part.get_nodes()
+        if node.op_type in _PRODUCTS
+    ]
+
+
+def _profile_options(spec: GraphSpec) -> dict[str, str]:
+    """The range of every input over all profiles, so that the provider builds one engine and not one for each shape."""
+
+    def shapes(end: str, choose: Callable[[list[int]], int]) -> str:
+        words = []
+        for tensor in spec.inputs:
+            sizes = [
+                dim if isinstance(dim, int) else choose([getattr(p.axis(dim), end) for p in spec.profiles])
+                for dim in tensor.shape
+            ]
+            words.append(f"{tensor.name}:{'x'.join(map(str, sizes))}")
+        return ",".join(words)
+
+    if not spec.profiles:
+        return {}
+    ends = {"min": min, "opt": max, "max": max}
+    return {f"nv_profile_{end}_shapes": shapes(end, choose) for end, choose in ends.items()}
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -147,7 +256,7 @@ def _first_line(error: Exception) -> str:
 
 def _notes(variant: Variant) -> list[str]:
     ignored = [f"{name}={value}" for name, value in sorted(variant.compute.items())]
-    return [f"ONNX Runtime on a CPU has no use for compute {', '.join(ignored)}"] if ignored else []
+    return [f"ONNX Runtime has no use for compute {', '.join(ignored)}"] if ignored else []
 
 
 BACKEND = OnnxRuntimeBackend()
