@@ -31,21 +31,39 @@ def is_lower(variant: Variant) -> bool:
     return variant.quantized or variant.float_dtype is not Precision.FLOAT32
 
 
-def over_budget(finished: Bundle, sensitivities: Mapping[str, Mapping[str, Sequence[Sensitivity]]]) -> OverBudgetError:
-    """The error to raise. sensitivities: by variant and graph, what quantizing each group of layers alone does."""
+def closest(finished: Bundle) -> Variant | None:
+    """The quantized variant that misses the budget by the least: the one whose layers are worth a look."""
+
+    def short(variant: Variant) -> float:
+        """What the worst lower bound of its best target lacks to the margin."""
+        by_target: dict[str, list[float]] = defaultdict(list)
+        for artifact in finished.artifacts:
+            if artifact.variant == variant.name:
+                lacks = [-e.margin - e.lower for e in artifact.evidence if e.margin is not None]
+                by_target[artifact.target.name] += lacks
+        return min((max(lacks) for lacks in by_target.values() if lacks), default=float("inf"))
+
+    return min((v for v in finished.variants.values() if v.quantized), key=short, default=None)
+
+
+def over_budget(
+    finished: Bundle, missed: Variant | None, layers: Mapping[str, Sequence[Sensitivity]]
+) -> OverBudgetError:
+    """The error to raise. layers: by graph, what quantizing each group of layers as missed does alone, most first."""
     several = len(finished.graphs) > 1
     found = "\n".join(
         f"  {a.variant} on {a.target.name}{f', {a.graph}' if several else ''}: {a.verdict or 'not judged'}"
         for a in finished.artifacts
         if is_lower(finished.variants[a.variant])
     )
-    hurt = "".join(
-        f"\n  {variant} hurts {graph} most in {', '.join(map(_told, ranked[:_SHOWN]))}"
-        for variant, graphs in sensitivities.items()
-        for graph, ranked in graphs.items()
-    )
-    named = [s.nodes[0] for graphs in sensitivities.values() for ranked in graphs.values() for s in ranked[:1]]
-    keep = f'keep them in float (variants.NAME.keep: ["{_layer(named[0])}"]), ' if named else ""
+    hurt = keep = ""
+    if missed is not None:
+        hurt = "".join(
+            f"\n  {missed.name} hurts {graph} most in {', '.join(map(_told, ranked[:_SHOWN]))}"
+            for graph, ranked in layers.items()
+        )
+        named = [_layer(node) for ranked in layers.values() for s in ranked[:1] for node in s.nodes]
+        keep = f"keep them in float (variants.{missed.name}.keep: [{', '.join(named)}]), " if named else ""
     return OverBudgetError(
         f"{finished.root}: built, but no variant below fp32 is shown to be non-inferior\n{found}{hurt}",
         fix=f"{keep}widen the budget, or judge on more data; `medcompile inspect` has the evidence",

@@ -192,7 +192,7 @@ def verify(
 def run(
     bundle_path: BundlePath,
     text: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; none, or -, reads stdin as one text.")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; none, or -, reads stdin as one text.")
     ] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that holds one text.")] = None,
     task: Annotated[str | None, typer.Option(help="Which of the bundle's tasks; default: its first.")] = None,

@@ -103,8 +103,8 @@ class _Build:
             ]
             finished = self.write(writer, artifacts, lowered, references)
         if not budget.is_kept(finished):
-            quantized = [v for v in self.job.variants if v.quantized]
-            raise budget.over_budget(finished, {v.name: self.sensitivity(v) for v in quantized})
+            missed = budget.closest(finished)
+            raise budget.over_budget(finished, missed, self.sensitivity(missed) if missed else {})
         return finished
 
     # ---- what is built from
@@ -260,7 +260,7 @@ class _Build:
 
         def fill(folder: Path) -> None:
             context = Context(folder, self.progress, variant, self.batches, run_onnx)
-            ranked = sensitivity(cache.read_program(before.folder), context, self.quantize)
+            ranked = sensitivity(cache.read_program(before.folder), context, self.quantize, batches=1)
             (folder / "ranked.json").write_text(json.dumps(manifest.encode(ranked)), encoding="utf-8")
 
         parts = (before.key, self.quantize, variant, (calibration or evaluation).digest, self.batch, __version__)

@@ -61,7 +61,7 @@ def test_a_build_over_budget_exits_3_with_the_bundle_and_its_evidence(small: Wor
 def test_verbose_names_cached_steps_and_shows_the_traceback_of_a_failure(small: Workshop, tmp_path: Path) -> None:
     _, _, quiet = build(small, tmp_path)
     _, _, verbose = build(small, tmp_path, "-v")
-    assert "cached" in verbose and "cached" not in quiet
+    assert " cached\n" in verbose and " cached\n" not in quiet
     keep = ("--set", "variants.int8.keep=['nowhere']")
     code, _, told = build(small, tmp_path, *keep)
     assert code == 1 and "Traceback" not in told and "quantize int8 failed" in told
