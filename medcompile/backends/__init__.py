@@ -74,7 +74,7 @@ class Backend(Protocol):
 
 def names() -> tuple[str, ...]:
     """Every backend file there is, sorted."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
 def get(name: str) -> Backend:

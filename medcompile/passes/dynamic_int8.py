@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from medcompile.passes.edits import constant, insert
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
@@ -31,8 +33,6 @@ def dynamic_matmuls(
     """
     import numpy as np
     import onnx_ir as ir
-
-    from medcompile.passes.quantize import constant, insert
 
     first, base = nodes[0], activation.name or ""
 

@@ -13,6 +13,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import QuantizeError
+from medcompile.passes.dynamic_int8 import dynamic_matmuls
+from medcompile.passes.edits import constant, insert
 from medcompile.passes.linear import LinearGroup, linear_groups
 from medcompile.program import Context, Graph, Program
 from medcompile.spec import Precision, Stage, Variant
@@ -123,8 +125,6 @@ def _quantize_group(
     scales = np.split(solution.scales, widths, axis=-1)
     activation = _equalized(model, group, solution)
     if variant.dynamic:
-        from medcompile.passes.dynamic_int8 import dynamic_matmuls
-
         dynamic_matmuls(model, group.nodes, activation, values, scales)
         return
     if variant.activations is not None:
@@ -196,43 +196,6 @@ def _dequantized_weight(model: ir.Model, node: ir.Node, values: Array, scales: A
     ]
     attributes = {"axis": 0, "block_size": variant.block_size} if variant.block_size else {"axis": 1}
     return insert(model, node, "DequantizeLinear", inputs, f"{base}/weight_dequantize", attributes=attributes)
-
-
-def constant(model: ir.Model, name: str, array: Array) -> ir.Value:
-    """array as an initializer of model."""
-    import numpy as np
-    import onnx_ir as ir
-
-    tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def insert(
-    model: ir.Model,
-    before: ir.Node,
-    op_type: str,
-    inputs: list[ir.Value],
-    name: str,
-    *,
-    attributes: Mapping[str, Any] | None = None,
-    like: ir.Value | None = None,
-) -> ir.Value:
-    """A new node in front of another. Returns its output, shaped like the value like (the first input unless given)."""
-    import onnx_ir as ir
-
-    node = ir.node(op_type, inputs, dict(attributes or {}), name=name)
-    output = node.outputs[0]
-    output.name, output.shape = f"{name}/output", (like or inputs[0]).shape
-    if op_type == "Cast":
-        output.type = ir.TensorType(ir.DataType((attributes or {})["to"]))
-    elif op_type == "MatMulInteger":
-        output.type = ir.TensorType(ir.DataType.INT32)
-    else:  # these two take the type of their zero point and scale; every other operator used here, of its first input
-        output.type = inputs[{"QuantizeLinear": 2, "DequantizeLinear": 1}.get(op_type, 0)].type
-    model.graph.insert_before(before, node)
-    return output
 
 
 def _drop_unused(model: ir.Model) -> None:
