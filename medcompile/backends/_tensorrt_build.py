@@ -88,15 +88,17 @@ def _configured(trt: Any, builder: Any, network: Any, job: Job) -> tuple[Any, li
         for name, (smallest, usual, largest) in shapes.items():
             profile.set_shape(name, tuple(smallest), tuple(usual), tuple(largest))
         if config.add_optimization_profile(profile) < 0:
-            raise _Refused([f"the library takes no profile {dict(shapes)}"])
+            raise _Refused([f"it does not take the profile {dict(shapes)}"])
     if job.workspace_mb:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_mb << 20)
     if job.compute_capabilities:
         _set_compute_capabilities(trt, config, job.compute_capabilities)
+    if hasattr(trt.BuilderFlag, "TF32"):  # on by default
+        (config.set_flag if job.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     if job.version_compatible:
         flag = getattr(trt.BuilderFlag, "VERSION_COMPATIBLE", None)
         if flag is None:
-            raise _Refused([f"{job.library} {trt.__version__} has no version-compatible plans"])
+            raise _Refused(["it has no version-compatible plans; leave out version_compatible"])
         config.set_flag(flag)
     if job.timing_cache:
         with warnings.catch_warnings(record=True) as said:
@@ -112,14 +114,14 @@ def _configured(trt: Any, builder: Any, network: Any, job: Job) -> tuple[Any, li
 def _set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[int]) -> None:
     known = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     if not known or not hasattr(config, "num_compute_capabilities"):
-        raise _Refused([f"{trt.__name__} {trt.__version__} builds for the GPU that it runs on, and for no other"])
+        raise _Refused(["it builds for the GPU that it runs on; leave out compute_capability"])
     named = sorted(int(name[2:]) for name in known if name.startswith("SM"))
     if missing := sorted(set(wanted) - set(named)):
-        raise _Refused([f"{trt.__name__} {trt.__version__} builds for {named}, not for {missing}"])
+        raise _Refused([f"it builds for compute_capability {named}, not for {missing}"])
     config.num_compute_capabilities = len(wanted)
     for index, number in enumerate(sorted(wanted)):
         if not config.set_compute_capability(known[f"SM{number}"], index):
-            raise _Refused([f"the library does not take compute capability {number}"])
+            raise _Refused([f"it does not take compute_capability {number}"])
 
 
 def _inspected(trt: Any, messages: Any, plan: Any) -> str:

@@ -34,7 +34,7 @@ class Job:
 
     library: the module to build with. operators: those of the graph, to be told apart on failure.
     compute_capabilities: 80 for 8.0; empty for the library's default. workspace_mb 0: the library's default.
-    timing_cache: a file to read and write kernel timings; empty for none.
+    tf32: float32 products may drop 13 bits of their inputs. timing_cache: a file of kernel timings; empty for none.
     """
 
     library: str
@@ -47,6 +47,7 @@ class Job:
     compute_capabilities: Sequence[int] = ()
     workspace_mb: int = 0
     version_compatible: bool = False
+    tf32: bool = False
     timing_cache: str = ""
 
 

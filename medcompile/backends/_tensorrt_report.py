@@ -28,6 +28,8 @@ _FORMATS = {
 }
 _FIELD = re.compile(r", (?=(?:LayerType|Inputs|Constants|Outputs|TacticName|StreamId|EventId|Metadata): )")
 _TENSOR = re.compile(r"Dimensions: \[([^\]]*)\].*?Datatype: (\w+)")
+_BINDING = re.compile(r" Name: (.*), IOMode: (\w+), DataType: (\w+), Dimensions: \[([^\]]*)\]")
+_SHAPES = re.compile(r"MinShape: \[([^\]]*)\], OptShape: \[([^\]]*)\], MaxShape: \[([^\]]*)\]")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 # A generated kernel that turns integers into floats before its product: the integers only saved memory.
 _DEQUANTIZING = re.compile(r"__myl_\w*Cast\w*Fc")
@@ -98,9 +100,26 @@ def parse(dump: str) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
+def bindings(dump: str) -> list[dict[str, Any]]:
+    """What the engine takes and gives: name, mode (Input, Output), format, shape; for inputs, by profile, the smallest,
+    usual and largest shape."""
+    found = []
+    for line in dump.splitlines():
+        if match := _BINDING.match(line):
+            name, mode, kind, shape = match.groups()
+            profiles = [[_sizes(end) for end in ends] for ends in _SHAPES.findall(line)]
+            formats = {"name": name, "mode": mode, "format": _FORMATS.get(kind, kind.lower()), "shape": _sizes(shape)}
+            found.append(formats | ({"profiles": profiles} if profiles else {}))
+    return found
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(size) for size in text.split(",") if size]
+
+
 def _tensors(text: str) -> tuple[Tensor, ...]:
     found = _TENSOR.findall(text)
-    return tuple(Tensor(_FORMATS.get(f, f.lower()), tuple(map(int, filter(None, d.split(","))))) for d, f in found)
+    return tuple(Tensor(_FORMATS.get(kind, kind.lower()), tuple(_sizes(shape))) for shape, kind in found)
 
 
 def products(model: ir.Model) -> tuple[Product, ...]:
@@ -160,4 +179,4 @@ def faults(wanted: Sequence[Product], found: Mapping[str, str]) -> tuple[str, ..
 def summary(found: Mapping[str, str]) -> str:
     """`72 int8 x int8, 1 float16 x float16`: how many linear layers are computed in what."""
     counts = Counter(found.values())
-    return ", ".join(f"{count} {formats or 'not found'}" for formats, count in sorted(counts.items())) or "none"
+    return ", ".join(f"{count} {formats or 'not found'}" for formats, count in sorted(counts.items()))

@@ -8,6 +8,7 @@ Precision is the graph's business; what the library would else decide by itself 
 
     compute_capability   GPUs to build for, as "80,89,120" (TensorRT-RTX only; unless said: 8.0 and all later ones)
     workspace_mb         memory that a kernel may take for its own (unless said: the library's default)
+    tf32                 true to let float32 products drop 13 bits of their inputs (false unless said)
     version_compatible   true for a plan that later versions of the library run (where it can; false unless said)
     timing_cache         true to keep kernel timings for the next build (where the library times; false unless said)
     build_timeout_s      1800 (unless said)
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from medcompile.backends._cuda import Device
     from medcompile.backends._tensorrt_job import Outcome
-    from medcompile.backends._tensorrt_report import Layer, Product
+    from medcompile.backends._tensorrt_report import Product
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ _LIBRARIES = {
 _DEFAULTS: Mapping[str, Scalar] = {
     "compute_capability": "",
     "workspace_mb": 0,
+    "tf32": False,
     "version_compatible": False,
     "timing_cache": False,
     "build_timeout_s": 1800,
@@ -108,12 +110,10 @@ class TensorRtBackend:
 
     def build(self, onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path) -> Built:
         """Write out/engine.plan and out/layers.json. The plan runs on what Built.target.arch says."""
-        settings, notes = _settings(variant)
-        engine = build_engine(onnx_path, spec, variant, target, out, settings)
-        if not target.present:
-            notes.append("built without a GPU here; not run yet")
-        products = f"linear layers: {engine.products}" if engine.products != "none" else "no linear layers"
-        return Built(PLAN, replace(target, arch=engine.arch), (products, *engine.notes, *notes))
+        engine = build_engine(onnx_path, spec, variant, target, out)
+        products = f"linear layers: {engine.products}" if engine.products else "no linear layers"
+        unseen = () if target.present else ("built without a GPU here; not run yet",)
+        return Built(PLAN, replace(target, arch=engine.arch), (products, *engine.notes, *unseen))
 
     def load(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None) -> Executor:
         library = _LIBRARIES[target.name]
@@ -131,7 +131,7 @@ class TensorRtBackend:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a build came to. arch: what it runs on. products: its linear layers by format, in words.
+    """What a build came to. arch: what it runs on. products: its linear layers by format, in words; empty for none.
 
     seconds: of the build itself; peak_rss_bytes: of its process.
     """
@@ -143,15 +143,16 @@ class Engine:
     peak_rss_bytes: int
 
 
-def build_engine(
-    onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path, settings: Mapping[str, Scalar]
-) -> Engine:
-    """Build out/engine.plan from the typed graph, and out/layers.json about it. Raises BackendError, ProfileError."""
+def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path) -> Engine:
+    """Build out/engine.plan from the typed graph, and out/layers.json about it.
+
+    Raises UsageError for a wrong setting, ProfileError for an axis without a range, else BackendError.
+    """
     from medcompile import onnx_files
     from medcompile.backends import _tensorrt_report as report
     from medcompile.backends._tensorrt_job import Job, run
 
-    library = _LIBRARIES[target.name]
+    library, (settings, notes) = _LIBRARIES[target.name], _settings(variant)
     label = f"graph {spec.name} of variant {variant.name}"
     model = onnx_files.load(onnx_path)
     _check_graph(model, variant, f"{library.words} can't build {label}", target.name)
@@ -167,6 +168,7 @@ def build_engine(
             profiles=_profiles(spec),
             compute_capabilities=capabilities,
             workspace_mb=int(settings["workspace_mb"]),
+            tf32=bool(settings["tf32"]),
             version_compatible=bool(settings["version_compatible"]),
             timing_cache=_timing_cache(target) if settings["timing_cache"] else "",
         )
@@ -176,9 +178,10 @@ def build_engine(
     layers, wanted = report.parse(outcome.layers), report.products(model)
     found = report.computed(layers, wanted)
     _check_products(wanted, found, f"{library.words} {target.version} built {label}", target.name)
-    _write_layers(out, target, layers, found)
+    table = {"bindings": report.bindings(outcome.layers), "products": found, "layers": [row.row() for row in layers]}
+    _write_layers(out, target, table)
     arch = ",".join(f"sm_{c}" for c in capabilities) or (target.arch if library.needs_gpu else f"sm_{_OLDEST}+")
-    return Engine(arch, report.summary(found), tuple(outcome.notes), outcome.seconds, outcome.peak_rss_bytes)
+    return Engine(arch, report.summary(found), (*outcome.notes, *notes), outcome.seconds, outcome.peak_rss_bytes)
 
 
 # ---- what is asked
@@ -194,9 +197,10 @@ def _settings(variant: Variant) -> tuple[dict[str, Scalar], list[str]]:
             raise _wrong(variant, f"compute.{name} is unknown", f"it has: {', '.join(_DEFAULTS)}")
         else:
             foreign.append(f"{name}={value}")
-    for name in ("workspace_mb", "build_timeout_s"):
-        value = settings[name]
-        if isinstance(value, (bool, str)) or value < 0:
+    for name, value in settings.items():
+        if isinstance(_DEFAULTS[name], bool) != isinstance(value, bool):
+            raise _wrong(variant, f"compute.{name} is {value!r}", "give true or false, or leave it out")
+        if name in ("workspace_mb", "build_timeout_s") and (isinstance(value, str) or value < 0):
             raise _wrong(variant, f"compute.{name} is {value!r}", "give a number")
     return settings, [f"TensorRT has no use for compute {', '.join(foreign)}"] if foreign else []
 
@@ -291,16 +295,12 @@ def _check_products(wanted: Sequence[Product], found: Mapping[str, str], what: s
         )
 
 
-def _write_layers(out: Path, target: Target, layers: Sequence[Layer], found: Mapping[str, str]) -> None:
+def _write_layers(out: Path, target: Target, table: Mapping[str, Any]) -> None:
     with (out / PLAN).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    table = {
-        "library": f"{_LIBRARIES[target.name].words} {target.version}",
-        "plan": {"size_bytes": (out / PLAN).stat().st_size, "sha256": digest},
-        "products": found,
-        "layers": [layer.row() for layer in layers],
-    }
-    (out / LAYERS).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    plan = {"size_bytes": (out / PLAN).stat().st_size, "sha256": digest}
+    whole = {"library": f"{_LIBRARIES[target.name].words} {target.version}", "plan": plan, **table}
+    (out / LAYERS).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 # ---- does a plan fit this machine?

@@ -103,10 +103,23 @@ def test_all_profiles_and_settings_reach_the_engine(
     short = Profile("short", (Axis("batch", 1, 1, 1), Axis("sequence", 2, 8, 8)))
     compute = {"compute_capability": "89,80", "workspace_mb": 256, "streams": 2}
     variant = dataclasses.replace(INT8, compute=compute)
-    built, _ = _build(target, tmp_path, variant, profiles=(*graphs.SPEC.profiles, short))
+    built, out = _build(target, tmp_path, variant, profiles=(*graphs.SPEC.profiles, short))
+    bindings = json.loads((out / "layers.json").read_text())["bindings"]
+    assert [b["name"] for b in bindings] == [*graphs.INPUTS, "embedding"]
+    assert bindings[0]["profiles"] == [[[1, 2], [2, 16], [4, 32]], [[1, 2], [1, 8], [1, 8]]]
     assert built.target.arch == "sm_80,sm_89"
     assert "TensorRT has no use for compute streams=2" in built.notes
     assert any("phase" not in r.message and "Building engine" in r.message for r in caplog.records)
+
+
+def test_float32_means_float32_unless_the_variant_lets_products_drop_bits(target: Target, tmp_path: Path) -> None:
+    plans = []
+    for name, tf32 in (("exact", False), ("tf32", True), ("unsaid", None)):
+        (tmp_path / name).mkdir()
+        variant = Variant("fp32", compute={} if tf32 is None else {"tf32": tf32})
+        plans.append((_build(target, tmp_path / name, variant)[1] / "engine.plan").read_bytes())
+    assert plans[0] == plans[2]
+    assert plans[0] != plans[1]
 
 
 def test_no_linear_layer_in_int8_where_the_graph_has_some_is_a_failed_build(
@@ -162,6 +175,7 @@ def test_weights_that_are_gone_are_a_backend_error(target: Target, tmp_path: Pat
     [
         ({"workspace_mbb": 1}, "compute.workspace_mbb is unknown"),
         ({"workspace_mb": "much"}, "compute.workspace_mb is 'much'"),
+        ({"tf32": "no"}, "compute.tf32 is 'no'"),
         ({"compute_capability": "8.9"}, "compute.compute_capability is '8.9'"),
     ],
 )
@@ -176,7 +190,7 @@ def test_a_wrong_setting_is_a_usage_error_that_says_what_is_right(
 @pytest.mark.parametrize(
     ("compute", "words"),
     [
-        ({"compute_capability": 90}, r"builds for \[75, 80, 86, 89, 120, 121\], not for \[90\]"),
+        ({"compute_capability": 90}, r"builds for compute_capability \[75, 80, 86, 89, 120, 121\], not for \[90\]"),
         ({"version_compatible": True}, "refuses graph embed"),
     ],
 )
