@@ -119,7 +119,7 @@ def killed(place: Place) -> None:
 
 
 def too_slow(place: Place) -> None:
-    place.build(compute={"build_timeout_s": 0.3})
+    place.build(compute={"build_timeout_s": 0.05})
 
 
 def misspelt(place: Place) -> None:
