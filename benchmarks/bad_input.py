@@ -42,18 +42,13 @@ def row(case: Case, outcome: Outcome, root: Path) -> str:
     said = re.sub(re.escape(str(root)) + r"[^\s:,'\"()]*/", ".../", outcome.said)
     said = re.sub(re.escape(str(root)) + r"[^\s:,'\"()]*", "...", said)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    fix = next((line.removeprefix("fix: ") for line in lines if line.startswith("fix: ")), "")
-    if not fix:  # usage errors come in a box, with the way to the help above it
-        lines = [line.strip("│╭╮╰╯─ ") for line in lines if not line.startswith("Usage")]
-        fix = next((line for line in lines if line.startswith("Try")), "")
-        lines = [line for line in lines if line not in ("", "Error", fix)]
-    message = next(line for line in lines if not line.startswith(("note: ", "Warning")) and not _is_step(line))
+    if case.fix:
+        at = next(i for i, line in enumerate(lines) if case.says[0] in line and not line.startswith("note: "))
+        message, fix = lines[at], next(line.removeprefix("fix: ") for line in lines[at:] if line.startswith("fix: "))
+    else:  # the way to the help, then the error in a box
+        fix = next(line for line in lines if line.startswith("Try"))
+        message = next(line.strip("│ ") for line in lines if line.startswith("│"))
     return f"| {case.name} | {outcome.exit_code} | {_cell(message)} | {_cell(fix)} |"
-
-
-def _is_step(line: str) -> bool:
-    """A line of progress, or of the evidence table, that came ahead of the message."""
-    return line.endswith(" MiB") or not re.search(r"[A-Za-z]", line) or line.startswith(("│", "┃", "┏", "tiny:"))
 
 
 def _cell(text: str, longest: int = 260) -> str:

@@ -1,21 +1,21 @@
 """The error tree. Every error says what happened and, in .fix, what to do about it.
 
-    MedcompileError                    exit 1
-    ├── UsageError                     exit 2   wrong command line or wrong argument
-    │   └── RecipeError                exit 2   the recipe: .problems lists every one found
-    ├── SourceError                    a model could not be found, fetched or trusted
-    │   └── UnsafeWeightsError         a checkpoint wants to run code, or is no checkpoint
-    ├── DataError                      calibration or evaluation data: missing, malformed, overlapping
-    │   └── PhiError                   the data states patient information and this run did not allow it
-    ├── PassError                      a pass failed: names pass, graph, node and what ran before
-    │   ├── CalibrationError
-    │   └── QuantizeError
-    ├── BundleError                    a bundle is unfinished, altered, or of another format
-    ├── BackendError                   a backend failed to build or to run
-    │   └── BackendUnavailable         its library or device is not here
-    ├── ProfileError                   a shape lies outside every profile
-    ├── InputError                     a text, image or file given to a session can't be used
-    └── OverBudgetError                exit 3   built, but no variant is non-inferior
+MedcompileError                    exit 1
+├── UsageError                     exit 2   wrong command line or wrong argument
+│   └── RecipeError                exit 2   the recipe: .problems lists every one found
+├── SourceError                    a model could not be found, fetched or trusted
+│   └── UnsafeWeightsError         a checkpoint wants to run code, or is no checkpoint
+├── DataError                      calibration or evaluation data: missing, malformed, overlapping
+│   └── PhiError                   the data states patient information and this run did not allow it
+├── PassError                      a pass failed: names pass, graph, node and what ran before
+│   ├── CalibrationError
+│   └── QuantizeError
+├── BundleError                    a bundle is unfinished, altered, or of another format
+├── BackendError                   a backend failed to build or to run
+│   └── BackendUnavailable         its library or device is not here
+├── ProfileError                   a shape lies outside every profile
+├── InputError                     a text, image or file given to a session can't be used
+└── OverBudgetError                exit 3   built, but no variant is non-inferior
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class PassError(MedcompileError):
     def __str__(self) -> str:
         if not self.step:
             return super().__str__()
-        where = f" at {self.at}" if self.at and self.at not in self.message else ""
+        # A pass that names the graph itself knows the place better than its last word of progress.
+        told = self.message.startswith(self.at.partition(":")[0])
+        where = "" if told else f" at {self.at}"
         lines = [f"{self.step} failed{where}: {self.message}", f"  ran before: {', '.join(self.before) or 'nothing'}"]
         return "\n".join(lines + ([f"  fix: {self.fix}"] if self.fix else []))
 

@@ -122,7 +122,7 @@ class _Runs:
 
 def _torch_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": _Runs()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": _Runs()}, protocol=2))
 
 
 def _cut(folder: Path) -> None:
@@ -400,7 +400,10 @@ BUNDLES = (
         lambda p: p.run("verify", p.workshop.bundle, "--data", p.workshop.root / "calibration/notes.yaml"),
     ),
     Case(
-        "evidence without its data", 2, ("--data",), lambda p: p.run("verify", p.workshop.bundle, "--data", p.tmp / "x")
+        "evidence without its data",
+        2,
+        ("no manifest", "--data"),
+        lambda p: p.run("verify", p.workshop.bundle, "--data", p.tmp / "x"),
     ),
     Case(
         "a budget that nothing keeps",

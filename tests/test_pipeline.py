@@ -311,7 +311,7 @@ def test_a_wrong_place_to_write_is_told_before_any_work(small: Workshop, tmp_pat
 
 def test_a_cache_that_cannot_be_written_is_told_with_what_to_check(small: Workshop, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PassError, match=r"export failed: (NotADirectory|FileExists)Error") as caught:
+    with pytest.raises(PassError, match=r"assets failed: (NotADirectory|FileExists)Error") as caught:
         small.build(out=tmp_path / "out", cache_folder=tmp_path / "file")
     assert "--cache" in caught.value.fix
 
