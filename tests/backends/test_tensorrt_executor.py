@@ -22,6 +22,7 @@ from medcompile.backends._tensorrt_executor import LANES, TensorRtExecutor, load
 from medcompile.backends._tensorrt_lane import GRAPHS, REPEATS
 from medcompile.errors import BackendError, BackendUnavailable, InputError, ProfileError
 from medcompile.spec import Axis, GraphSpec, Profile, TensorSpec
+from tests.backends import fake_tensorrt
 from tests.backends.fake_cuda import LIVING, FakeCuda, Fault
 from tests.backends.fake_tensorrt import PLAN, DataType, Fake, TensorLocation, summing
 
@@ -406,6 +407,38 @@ def test_an_engine_that_is_not_the_graphs_is_refused_with_the_first_difference(f
     for changes, spec, words in cases:
         with pytest.raises(BackendError, match=f"not the engine of graph embed: .*{words}"):
             load_engine(plan, spec, dataclasses.replace(fake, **changes).library(), fake.cuda)
+
+
+def test_the_real_library_refuses_garbage_in_its_own_words(tmp_path: Path) -> None:
+    library = pytest.importorskip("tensorrt_rtx", reason='pip install "medcompile[rtx]"')
+    (tmp_path / "engine.plan").write_bytes(b"garbage" * 40)
+    with pytest.raises(BackendError, match=r"tensorrt_rtx .* cannot load engine\.plan .*magicTag"):
+        load_engine(tmp_path / "engine.plan", SPEC, library, FakeCuda())
+
+
+def test_the_real_library_has_every_name_that_the_fake_has() -> None:
+    library = pytest.importorskip("tensorrt_rtx", reason='pip install "medcompile[rtx]"')
+    faces = {
+        library.Runtime: ["deserialize_cuda_engine"],
+        library.ICudaEngine: [*public(fake_tensorrt.Engine), "create_runtime_config"],
+        library.IExecutionContext: public(fake_tensorrt.Context),
+        library.IRuntimeConfig: public(fake_tensorrt.Configuration),
+        library.DynamicShapesKernelSpecializationStrategy: ["EAGER"],
+        library.ExecutionContextAllocationStrategy: ["USER_MANAGED"],
+        library.TensorLocation: ["DEVICE"],
+        library.ILogger: ["ERROR", "INTERNAL_ERROR"],
+        library.DataType: list(_tensorrt_executor._DTYPES),
+    }
+    fields = ("num_io_tensors", "num_optimization_profiles", "device_memory_size_v2")
+    faces[library.ICudaEngine] += fields
+    faces[library.IRuntimeConfig] += ["dynamic_shapes_kernel_specialization_strategy"]
+    assert [
+        f"{face.__name__}.{name}" for face, names in faces.items() for name in names if not hasattr(face, name)
+    ] == []
+
+
+def public(kind: type) -> list[str]:
+    return [name for name in vars(kind) if not name.startswith("_")]
 
 
 # ---- CUDA itself
