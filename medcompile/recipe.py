@@ -23,7 +23,9 @@ from medcompile.recipe_rules import Task
 from medcompile.recipe_yaml import Document, failure, nearest, shown
 from medcompile.spec import Axis, Margin, Precision, Profile, Scalar, Variant
 
-TargetName = Literal["onnxruntime-cpu", "openvino-cpu", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "null"]
+TargetName = Literal[
+    "onnxruntime-cpu", "openvino-cpu", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-rtx", "null"
+]
 
 _SOURCES = {
     "hf": (r"hf:[\w.-]+(/[\w.-]+)?", "hf:<organization>/<model>"),
