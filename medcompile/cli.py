@@ -144,6 +144,9 @@ def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose =
     console.print(terminal.evidence_table(found.artifacts, "evidence", judged_only=not verbose))
     for note in found.provenance.get("notes", ()):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for artifact in found.artifacts if verbose else ():
+        built = f"{artifact.variant} for {artifact.target.name}, {artifact.graph}: {'; '.join(artifact.notes)}"
+        console.print(built, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medcompile import verify
+from medcompile.backends import Executor
 from medcompile.runtime.encoder import Encoder
-from medcompile.spec import GraphSpec, TensorSpec
+from medcompile.spec import GraphSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,20 +33,12 @@ def feeds(
         yield from recorder.take()
 
 
-class _Recorder:
+class _Recorder(Executor):
     """An executor that keeps what it is fed and answers zeros."""
 
     def __init__(self, spec: GraphSpec) -> None:
-        self._spec = spec
+        super().__init__(spec)
         self._fed: list[Feeds] = []
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray[Any, Any]]:
         import numpy as np
@@ -53,7 +46,7 @@ class _Recorder:
         self._fed.append(feeds)
         batch, sequence = feeds["input_ids"].shape
         sizes = {"batch": batch, "sequence": sequence}
-        return {t.name: np.zeros([sizes.get(str(d), d) for d in t.shape], t.dtype) for t in self._spec.outputs}
+        return {t.name: np.zeros([sizes.get(str(d), d) for d in t.shape], t.dtype) for t in self.spec.outputs}
 
     def take(self) -> list[Feeds]:
         taken, self._fed = self._fed, []
@@ -61,9 +54,3 @@ class _Recorder:
 
     def close(self) -> None:
         self._fed = []
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -313,8 +313,6 @@ class _Build:
         key = cache.key("verify", _EVIDENCE_VERSION, made.key, reference.key, self.job.budget, __version__)
         judged = self.steps.run(f"verify {label}", key, judge)
         result = json.loads((judged.folder / "evidence.json").read_text(encoding="utf-8"))
-        for note in built.notes:
-            self.note(f"{label}: {note}")
         artifact = Artifact(
             graph=task,
             variant=variant.name,
@@ -325,6 +323,7 @@ class _Build:
             evidence=tuple(manifest.decode(Evidence, e, label) for e in result["evidence"]),
             verified_on=f"{built.target.device} {built.target.arch}",
             latency_ms=result["latency_ms"],
+            notes=built.notes,
         )
         return artifact, made.folder / "files"
 

@@ -93,13 +93,15 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
     INT4 = "int4"
+    FLOAT8 = "float8"
 
 
 @dataclass(frozen=True)
 class Variant:
     """A precision recipe. Everything that decides numbers is named here; nothing is left to a backend's default.
 
-    float_dtype: dtype of whatever stays in floating point. weights, activations: integer format, None for float.
+    float_dtype: dtype of whatever stays in floating point. weights, activations: an integer format, or float8 (E4M3);
+    None leaves them in float_dtype.
     dynamic: activation scales are taken per token at run time instead of from calibration.
     symmetric: activation zero points are 0 (what TensorRT asks for); False lets them move (CPU targets only).
     block_size: weights share a scale per block of this many inputs; None is one scale per output channel.
@@ -203,6 +205,7 @@ class Artifact:
 
     path is relative to the bundle's root, with forward slashes. verified_on: where its evidence was made.
     latency_ms: median time of one run at the profile's opt shape on the machine that built it; None if not run.
+    notes: what the backend did and which settings it used, in words.
     """
 
     graph: str
@@ -214,6 +217,7 @@ class Artifact:
     evidence: tuple[Evidence, ...] = ()
     verified_on: str = ""
     latency_ms: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict | None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from medcompile.errors import InputError, ProfileError, UsageError
+from medcompile.errors import BackendError, InputError, ProfileError, UsageError
 from medcompile.spec import GraphSpec, Profile, Target, TensorSpec, Variant
 
 if TYPE_CHECKING:
@@ -23,20 +24,37 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """A loaded artifact, ready to run. Thread-safe: several threads may call run() at once. A context manager."""
 
+    def __init__(self, spec: GraphSpec) -> None:
+        self.spec = spec
+
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.spec.inputs
+
     @property
-    def outputs(self) -> tuple[TensorSpec, ...]: ...
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.spec.outputs
+
+    @abstractmethod
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. feeds: every input by name, of its dtype. Returns every output by name; the caller owns them."""
-        ...
 
-    def close(self) -> None: ...
-    def __enter__(self) -> Executor: ...
-    def __exit__(self, *exc: object) -> None: ...
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the artifact holds. Running it afterwards raises BackendError."""
+
+    def closed(self) -> BackendError:
+        """The error of a run after close()."""
+        return BackendError(f"{self.spec.name}: this executor is closed", fix="load the bundle again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from medcompile.backends import check_feeds
+from medcompile.backends import Executor, check_feeds
 from medcompile.backends._cuda import Cuda, open_cuda
 from medcompile.backends._tensorrt_lane import Lane
 from medcompile.errors import BackendError
@@ -56,28 +56,20 @@ def load_engine(plan: Path, spec: GraphSpec, library: ModuleType, cuda: Cuda | N
     return TensorRtExecutor(Engine(plan, spec, library, cuda), cuda)
 
 
-class TensorRtExecutor:
+class TensorRtExecutor(Executor):
     """Executor of one engine. Lanes are made when callers meet; close() waits for the runs that are under way."""
 
     def __init__(self, engine: Engine, cuda: Cuda) -> None:
+        super().__init__(engine.spec)
         self._engine = engine
         self._cuda = cuda
-        self._spec = engine.spec
         self._idle: list[Lane] = []  # the warmest last
         self._made = 0
         self._closed = False
         self._change = threading.Condition()
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
-
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        sizes = check_feeds(self._spec, feeds)
+        sizes = check_feeds(self.spec, feeds)
         with self._lane() as lane:
             return lane.run(feeds, sizes)
 
@@ -92,12 +84,6 @@ class TensorRtExecutor:
             lane.close()
         self._engine.close()
 
-    def __enter__(self) -> TensorRtExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
         """A lane for this caller alone. One that failed is not used again: what its stream still does is unknown."""
@@ -105,7 +91,7 @@ class TensorRtExecutor:
             while not (self._closed or self._idle or self._made < LANES):
                 self._change.wait()
             if self._closed:
-                raise BackendError(f"{self._spec.name}: this executor is closed", fix="load the bundle again")
+                raise self.closed()
             lane = self._idle.pop() if self._idle else None
             self._made += lane is None
         try:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import medcompile
-from medcompile.backends import Built, check_feeds
+from medcompile.backends import Built, Executor, check_feeds
 from medcompile.errors import BackendError
-from medcompile.spec import GraphSpec, Target, TensorSpec, Variant
+from medcompile.spec import GraphSpec, Target, Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,39 +40,25 @@ class NullBackend:
         return NullExecutor(spec)
 
 
-class NullExecutor:
+class NullExecutor(Executor):
     def __init__(self, spec: GraphSpec) -> None:
-        self._spec = spec
+        super().__init__(spec)
         self._closed = False
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Zeros in the shape of every output; an axis that no input names is 1 long."""
         import numpy as np
 
-        sizes = check_feeds(self._spec, feeds)
+        sizes = check_feeds(self.spec, feeds)
         if self._closed:
-            raise BackendError(f"{self._spec.name}: this executor is closed", fix="load the bundle again")
+            raise self.closed()
         return {
             tensor.name: np.zeros([sizes.get(d, 1) if isinstance(d, str) else d for d in tensor.shape], tensor.dtype)
-            for tensor in self._spec.outputs
+            for tensor in self.spec.outputs
         }
 
     def close(self) -> None:
         self._closed = True
-
-    def __enter__(self) -> NullExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 BACKEND = NullBackend()

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile.backends import Built, check_feeds
+from medcompile.backends import Built, Executor, check_feeds
 from medcompile.errors import BackendError, BackendUnavailable
-from medcompile.spec import GraphSpec, Target, TensorSpec, Variant
+from medcompile.spec import GraphSpec, Target, Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,41 +117,27 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeExecutor(_session(path, options), spec)
 
 
-class OnnxRuntimeExecutor:
+class OnnxRuntimeExecutor(Executor):
     """One session; ONNX Runtime's run() may be called from many threads at once."""
 
     def __init__(self, session: ort.InferenceSession, spec: GraphSpec) -> None:
         self._session: ort.InferenceSession | None = session
-        self._spec = spec
+        super().__init__(spec)
         self._names = [tensor.name for tensor in spec.outputs]
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
-
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        check_feeds(self._spec, feeds)
+        check_feeds(self.spec, feeds)
         session = self._session
         if session is None:
-            raise BackendError(f"{self._spec.name}: this executor is closed", fix="load the bundle again")
+            raise self.closed()
         try:
             values = session.run(self._names, dict(feeds))
         except _errors() as error:
-            raise BackendError(f"{self._spec.name}: ONNX Runtime failed: {_first_line(error)}") from error
+            raise BackendError(f"{self.spec.name}: ONNX Runtime failed: {_first_line(error)}") from error
         return dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:
         self._session = None
-
-    def __enter__(self) -> OnnxRuntimeExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _library() -> Any:

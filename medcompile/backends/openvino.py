@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile.backends import Built, check_feeds
+from medcompile.backends import Built, Executor, check_feeds
 from medcompile.errors import BackendError, BackendUnavailable
-from medcompile.spec import GraphSpec, Scalar, Target, TensorSpec, Variant
+from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,35 +104,27 @@ class OpenVinoBackend:
         return OpenVinoExecutor(compiled, spec)
 
 
-class OpenVinoExecutor:
+class OpenVinoExecutor(Executor):
     """One compiled model and as many infer requests as there were callers at once."""
 
     def __init__(self, compiled: ov.CompiledModel, spec: GraphSpec) -> None:
         self._compiled: ov.CompiledModel | None = compiled
-        self._spec = spec
+        super().__init__(spec)
         self._free: list[ov.InferRequest] = []
         self._lock = threading.Lock()
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
-
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        check_feeds(self._spec, feeds)
+        check_feeds(self.spec, feeds)
         with self._lock:
             compiled = self._compiled
             if compiled is None:
-                raise BackendError(f"{self._spec.name}: this executor is closed", fix="load the bundle again")
+                raise self.closed()
             request = self._free.pop() if self._free else compiled.create_infer_request()
         try:
             result = request.infer(dict(feeds), share_inputs=True, share_outputs=False)
         except RuntimeError as error:
-            raise BackendError(f"{self._spec.name}: OpenVINO failed: {_reason(error)}") from error
-        values = {tensor.name: result[tensor.name] for tensor in self._spec.outputs}
+            raise BackendError(f"{self.spec.name}: OpenVINO failed: {_reason(error)}") from error
+        values = {tensor.name: result[tensor.name] for tensor in self.spec.outputs}
         with self._lock:
             self._free.append(request)
         return values
@@ -141,12 +133,6 @@ class OpenVinoExecutor:
         with self._lock:
             self._compiled = None
             self._free.clear()
-
-    def __enter__(self) -> OpenVinoExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _library() -> Any:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medcompile.backends import Executor
 from medcompile.errors import SourceError
-from medcompile.spec import GraphSpec, TensorSpec
+from medcompile.spec import GraphSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,43 +104,29 @@ def _constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
     return constant
 
 
-class ImportedExecutor:
+class ImportedExecutor(Executor):
     """The file itself in ONNX Runtime, unchanged, its answer pooled or gathered in numpy as spec asks."""
 
     def __init__(self, path: Path, spec: GraphSpec, pooling: str) -> None:
         from medcompile.run_onnx import session
 
-        self._spec = spec
+        super().__init__(spec)
         self._pooling = pooling
         self._session: Any = session(path)
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         import numpy as np
 
         own = {i.name: feeds[i.name] for i in self._session.get_inputs()}
-        (result,) = self._session.run([_OUTPUTS[self._spec.name]], own)
-        if self._spec.name == "fill-mask":
+        (result,) = self._session.run([_OUTPUTS[self.spec.name]], own)
+        if self.spec.name == "fill-mask":
             result = result[np.arange(len(result)), feeds["mask_position"]]
-        elif self._spec.name == "embed" and self._pooling == "cls":
+        elif self.spec.name == "embed" and self._pooling == "cls":
             result = result[:, 0]
-        elif self._spec.name == "embed":
+        elif self.spec.name == "embed":
             real = feeds["attention_mask"][:, :, None].astype(np.float32)
             result = (result * real).sum(1) / real.sum(1)
-        return {self._spec.outputs[0].name: result}
+        return {self.spec.outputs[0].name: result}
 
     def close(self) -> None:
         self._session = None
-
-    def __enter__(self) -> ImportedExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from medcompile.spec import GraphSpec, TensorSpec
+from medcompile.backends import Executor
+from medcompile.spec import GraphSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,33 +14,19 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-class TorchExecutor:
+class TorchExecutor(Executor):
     """Runs module(*inputs in spec order) under inference mode. The module returns one tensor, the only output."""
 
     def __init__(self, spec: GraphSpec, module: Any) -> None:
-        self._spec = spec
+        super().__init__(spec)
         self._module = module
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._spec.outputs
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
         with torch.inference_mode():
-            result = self._module(*(torch.from_numpy(feeds[t.name]) for t in self._spec.inputs))
-        return {self._spec.outputs[0].name: result.float().numpy()}
+            result = self._module(*(torch.from_numpy(feeds[t.name]) for t in self.spec.inputs))
+        return {self.spec.outputs[0].name: result.float().numpy()}
 
     def close(self) -> None:
         self._module = None
-
-    def __enter__(self) -> TorchExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
