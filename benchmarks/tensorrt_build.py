@@ -39,6 +39,7 @@ VARIANTS = (
     INT8,
     replace(INT8, name="int8, rest fp32", float_dtype=Precision.FLOAT32),
     Variant("int4", Precision.FLOAT16, Precision.INT4, block_size=128),
+    Variant("fp8", Precision.FLOAT16, Precision.FLOAT8, Precision.FLOAT8),
 )
 HEADER = (
     "| model | variant | build s, wall | build s, CPU | engine MB | peak RSS MB | linear layers "

@@ -20,6 +20,14 @@ Scalar = str | int | float | bool
 ABSENT = "none"
 """Target.arch where a machine has no device of that kind."""
 
+GRAPH_VERIFIED = "graph verified on CPU, engine not yet run"
+"""Artifact.verified_on where its typed graph stood in for it: the very file that the backend built it from."""
+
+NOT_VERIFIED = "not verified"
+"""Artifact.verified_on where neither it nor its graph was run on the evaluation data."""
+
+_ON_DEVICE = "verified on device: "
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -151,6 +159,11 @@ class Target:
         """False of a probed machine that has the library but no such device: it builds artifacts, and runs none."""
         return self.arch != ABSENT
 
+    @property
+    def verified_on(self) -> str:
+        """Artifact.verified_on of one that ran on this machine: `verified on device: cuda sm_89`."""
+        return f"{_ON_DEVICE}{self.device} {self.arch}".rstrip()
+
 
 class Verdict(StrEnum):
     NON_INFERIOR = "non-inferior"
@@ -203,8 +216,9 @@ class Evidence:
 class Artifact:
     """One graph of one variant, lowered for one target: a file of the bundle that a backend can load.
 
-    path is relative to the bundle's root, with forward slashes. verified_on: where its evidence was made.
-    latency_ms: median time of one run at the profile's opt shape on the machine that built it; None if not run.
+    path is relative to the bundle's root, with forward slashes. verified_on: where its evidence was made, and on
+    what: Target.verified_on, GRAPH_VERIFIED or NOT_VERIFIED. latency_ms: median time of one run at the profile's opt
+    shape on that device; None if not run.
     notes: what the backend did and which settings it used, in words.
     """
 
@@ -218,6 +232,11 @@ class Artifact:
     verified_on: str = ""
     latency_ms: float | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def ran(self) -> bool:
+        """True if its evidence was made by running it, and not its graph."""
+        return self.verified_on.startswith(_ON_DEVICE)
 
     @property
     def verdict(self) -> Verdict | None:

@@ -1,4 +1,4 @@
-"""One TensorRT build in a process of its own: `python -m medcompile.backends._tensorrt_build job.json`.
+"""One TensorRT build in a process of its own: `python -m medcompile.backends._tensorrt_build`.
 
 A fault inside the library's parser or builder aborts its process, and a failed build changes the next one's bytes;
 so every engine gets a fresh process, and whoever started it reads the outcome from a file. Who starts it,
@@ -7,6 +7,7 @@ and what becomes of a process that dies, is _tensorrt_job.py's business.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -18,10 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medcompile.backends._tensorrt_job import PROGRESS, Job, Outcome
+from medcompile.backends._tensorrt_job import LOG, ORDER, OUTCOME, PLAN, PROGRESS, TYPED, Job, Outcome
 from medcompile.resources import peak_rss_bytes
 
 _LAYERS = "Layers:"
+# linux/personality.h
+_ADDR_NO_RANDOMIZE = 0x0040000
+_ASK = 0xFFFFFFFF
 
 
 class _Refused(Exception):
@@ -33,16 +37,17 @@ class _Refused(Exception):
         self.unknown = tuple(unknown)
 
 
-def main(path: str) -> None:
-    """Build the job at path and write its outcome."""
-    job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
-    with Path(job.log).open("w", encoding="utf-8", buffering=1) as log:
+def main(repeatable: bool) -> None:
+    """Build the job in the working folder. repeatable: addresses are fixed, so that another build gives the same."""
+    job = Job(**json.loads(Path(ORDER).read_text(encoding="utf-8")))
+    with Path(LOG).open("w", encoding="utf-8", buffering=1) as log:
         try:
             outcome = _build(job, log)
         except _Refused as error:
             outcome = Outcome(False, error.problems, error.unknown)
-    outcome = dataclasses.replace(outcome, peak_rss_bytes=peak_rss_bytes())
-    Path(job.outcome).write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
+    unsure = () if repeatable else ("addresses are random here: another build may name its temporaries otherwise",)
+    outcome = dataclasses.replace(outcome, notes=(*outcome.notes, *unsure), peak_rss_bytes=peak_rss_bytes())
+    Path(OUTCOME).write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
 
 
 def _build(job: Job, log: Any) -> Outcome:
@@ -53,17 +58,16 @@ def _build(job: Job, log: Any) -> Outcome:
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, messages)
     _say("parsing the graph")
-    if not parser.parse_from_file(job.onnx):
+    if not parser.parse_from_file(f"{TYPED}/{job.graph}"):
         problems = [_told(parser.get_error(i)) for i in range(parser.num_errors)]
         unknown = [name for name in job.operators if not parser.supports_operator(name)]
         raise _Refused(problems or messages.worst, unknown)
     config, notes = _configured(trt, builder, network, job)
-    if hasattr(config, "progress_monitor"):
-        config.progress_monitor = _monitor(trt)
+    _say("building the engine")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _Refused(messages.worst or ["the library gave no plan and no reason"])
-    with Path(job.plan).open("wb") as file:
+    with Path(PLAN).open("wb") as file:
         file.write(memoryview(plan))
     if job.timing_cache and not notes:
         fresh = Path(f"{job.timing_cache}.{os.getpid()}")  # another build may read the old one meanwhile
@@ -139,7 +143,11 @@ def _told(error: Any) -> str:
 
 def _logger(trt: Any, log: Any) -> Any:
     class Messages(trt.ILogger):  # type: ignore[misc]
-        """Everything goes to the log file. worst: errors, or warnings if there are none. layers: the table."""
+        """Everything goes to the log file, and the ends of phases are told as progress. (The library's own progress
+        monitor works in a thread beside the build, and gives plans of other bytes now and then.)
+
+        worst: errors, or warnings if there are none. layers: the table.
+        """
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -154,6 +162,8 @@ def _logger(trt: Any, log: Any) -> Any:
             name = severity.name.removeprefix("INTERNAL_")
             if message.startswith(_LAYERS):
                 self.layers = message
+            elif " completed in " in message:
+                _say(message.partition(" in ")[0])
             elif name in self._said:
                 self._said[name].append(message)
             log.write(f"{name} {message}\n")
@@ -161,28 +171,26 @@ def _logger(trt: Any, log: Any) -> Any:
     return Messages()
 
 
-def _monitor(trt: Any) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Says each phase once, and never asks the library to stop."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            _say(phase_name)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return True
-
-        def phase_finish(self, phase_name: str) -> None: ...
-
-    return Monitor()
-
-
 def _say(message: str) -> None:
     sys.stdout.write(f"{PROGRESS}{message}\n")
     sys.stdout.flush()
 
 
+def fix_addresses() -> bool:
+    """Start this process anew without random addresses; True once it has none, False where the system forbids that.
+
+    The library numbers what it makes in the order of its addresses, so that random ones give a plan other bytes.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "personality"):
+        return False
+    now = libc.personality(_ASK)
+    if now & _ADDR_NO_RANDOMIZE:
+        return True
+    if libc.personality(now | _ADDR_NO_RANDOMIZE) >= 0:
+        os.execv(sys.executable, sys.orig_argv)
+    return False
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(fix_addresses())

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -26,22 +27,27 @@ PROGRESS = "progress: "
 """Lines of the process's standard output that begin so tell how far the build is."""
 SHOWN_LINES = 8
 """So many lines of the library go into an error."""
+TYPED, ORDER, PLAN, OUTCOME, LOG = "typed", "job.json", "plan", "outcome.json", "log"
+"""Names in the process's folder: a link to the typed graph's folder, what it reads, and what it writes."""
+_LIBRARIES = "libraries"
+_HEARTBEAT_S = 10
+_KEPT = ("PATH", "HOME", "LANG", "LC_", "TZ", "TMP", "CUDA_", "NVIDIA_", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to build. profiles: for each, the smallest, usual and largest shape of every input.
+    """What to build.
 
-    library: the module to build with. operators: those of the graph, to be told apart on failure.
-    compute_capabilities: 80 for 8.0; empty for the library's default. workspace_mb 0: the library's default.
-    tf32: float32 products may drop 13 bits of their inputs. timing_cache: a file of kernel timings; empty for none.
+    library: the module to build with. graph: the typed graph's file name.
+
+    profiles: for each, the smallest, usual and largest shape of every input. operators: those of the graph, to be
+    told apart on failure. compute_capabilities: 80 for 8.0; empty for the library's default. workspace_mb 0: the
+    library's default. tf32: float32 products may drop 13 bits of their inputs. timing_cache: a file of kernel timings;
+    empty for none.
     """
 
     library: str
-    onnx: str
-    plan: str
-    log: str
-    outcome: str
+    graph: str
     operators: Sequence[str]
     profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]]
     compute_capabilities: Sequence[int] = ()
@@ -68,30 +74,39 @@ class Outcome:
     peak_rss_bytes: int = 0
 
 
-def run(job: Job, label: str, timeout_s: float, scratch: Path) -> Outcome:
-    """Do the job in a process of its own. label: what is built by what, for messages and the log.
+def run(job: Job, typed: Path, label: str, timeout_s: float, scratch: Path) -> Outcome:
+    """Do the job in a process of its own, in the empty folder scratch; if it is built, scratch/PLAN is the plan.
 
+    typed: the folder of the typed graph. label: what is built by what, for messages and the log. The process sees the
+    same names and the same environment whatever the folders are: the library numbers what it makes by address, and
+    another length of a path gives other addresses, and a plan of other bytes.
     Raises BackendError where the process dies, or outlasts timeout_s and is killed.
     """
-    order = scratch / "job.json"
-    order.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    phase, output, late = "starting", [], threading.Event()
+    (scratch / ORDER).write_text(json.dumps(asdict(job)), encoding="utf-8")
+    (scratch / TYPED).symlink_to(typed.absolute())
+    _link_libraries(job.library, scratch / _LIBRARIES)
+    phase, output, ended, started = "starting", [], threading.Event(), time.monotonic()
     process = subprocess.Popen(
-        [*_command(), str(order)],
+        _command(),
+        cwd=scratch,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=_environment(job.library, scratch),
+        env=_environment(),
     )
 
-    def stop() -> None:
-        late.set()
-        process.kill()
+    def watch() -> None:
+        while not ended.wait(min(_HEARTBEAT_S, max(0.01, timeout_s - (time.monotonic() - started)))):
+            seconds = time.monotonic() - started
+            log.info("%s: %.0f s (%s)", label, seconds, phase)
+            if seconds >= timeout_s:
+                process.kill()
+                return
 
-    timer = threading.Timer(timeout_s, stop)
-    timer.start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         assert process.stdout is not None
         for line in map(str.strip, process.stdout):
@@ -102,13 +117,13 @@ def run(job: Job, label: str, timeout_s: float, scratch: Path) -> Outcome:
                 output.append(line)
         code = process.wait()
     finally:
-        timer.cancel()
+        ended.set()
         process.kill()
         process.wait()
     if code == 0:
-        return Outcome(**json.loads(Path(job.outcome).read_text(encoding="utf-8")))
-    last = _last_lines(Path(job.log), output)
-    if late.is_set():
+        return Outcome(**json.loads((scratch / OUTCOME).read_text(encoding="utf-8")))
+    last = _last_lines(scratch / LOG, output)
+    if code == -signal.SIGKILL and time.monotonic() - started >= timeout_s:
         raise BackendError(
             f"{label}: still not built after {timeout_s:g} s (phase: {phase}){last}",
             fix="raise compute.build_timeout_s of the variant, or build on a faster machine",
@@ -122,15 +137,12 @@ def run(job: Job, label: str, timeout_s: float, scratch: Path) -> Outcome:
 
 
 def _command() -> list[str]:
-    return [sys.executable, "-m", "medcompile.backends._tensorrt_build"]
+    return [sys.executable, "-P", "-m", "medcompile.backends._tensorrt_build"]
 
 
-def _environment(library: str, scratch: Path) -> dict[str, str]:
-    """This process's, with medcompile importable, and the library's files under their names without a version too.
-
-    The parser opens libtensorrt_rtx.so for plugins, and the wheel holds libtensorrt_rtx.so.1 only: it would abort.
-    """
-    links = scratch / "libraries"
+def _link_libraries(library: str, links: Path) -> None:
+    """The library's files under their names without a version: its parser opens libtensorrt_rtx.so for plugins, and
+    the wheel holds libtensorrt_rtx.so.1 only, so that it would abort."""
     links.mkdir()
     found = find_spec(f"{library}_libs")
     for folder in (found.submodule_search_locations or ()) if found else ():
@@ -138,8 +150,14 @@ def _environment(library: str, scratch: Path) -> dict[str, str]:
             link = links / f"{file.name.partition('.so.')[0]}.so"
             if not link.is_symlink():
                 link.symlink_to(file)
-    paths = {"LD_LIBRARY_PATH": str(links), "PYTHONPATH": str(Path(__file__).parents[2])}
-    return {**os.environ, **{k: os.pathsep.join(filter(None, (v, os.environ.get(k)))) for k, v in paths.items()}}
+
+
+def _environment() -> dict[str, str]:
+    """What the process needs of this one's, with medcompile importable and the links found first."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith(_KEPT)}
+    for name, first in (("LD_LIBRARY_PATH", _LIBRARIES), ("PYTHONPATH", str(Path(__file__).parents[2]))):
+        kept[name] = os.pathsep.join(filter(None, (first, kept.get(name))))
+    return {**kept, "PYTHONHASHSEED": "0"}
 
 
 def _last_lines(file: Path, output: Sequence[str]) -> str:

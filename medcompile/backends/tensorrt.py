@@ -44,9 +44,8 @@ log = logging.getLogger(__name__)
 PLAN = "engine.plan"
 LAYERS = "layers.json"
 _SHOWN_LINES = 8
-_OLDEST = (
-    80  # what TensorRT-RTX builds for unless told: compute capability 8.0, and by compilation on the GPU all later
-)
+# What TensorRT-RTX builds for unless told: this compute capability and, by compilation on the GPU, all later ones.
+_OLDEST, _OLDEST_WITH_FLOAT8 = 80, 89
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,7 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
     Raises UsageError for a wrong setting, ProfileError for an axis without a range, else BackendError.
     """
     from medcompile import onnx_files
+    from medcompile.backends import _tensorrt_job
     from medcompile.backends import _tensorrt_report as report
     from medcompile.backends._tensorrt_job import Job, run
 
@@ -157,13 +157,10 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
     model = onnx_files.load(onnx_path)
     _check_graph(model, variant, f"{library.words} can't build {label}", target.name)
     capabilities = _capabilities(settings)
-    with tempfile.TemporaryDirectory() as scratch:
-        files = {name: str(Path(scratch) / name) for name in ("log", "outcome")}
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
         job = Job(
             library.module,
-            str(onnx_path.absolute()),
-            str(out / PLAN),
-            **files,
+            onnx_path.name,
             operators=sorted({node.op_type for node in model.graph}),
             profiles=_profiles(spec),
             compute_capabilities=capabilities,
@@ -172,15 +169,18 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
             version_compatible=bool(settings["version_compatible"]),
             timing_cache=_timing_cache(target) if settings["timing_cache"] else "",
         )
-        outcome = run(job, f"{library.words}, {label}", float(settings["build_timeout_s"]), Path(scratch))
-    if not outcome.built:
-        raise _refused(outcome, model, f"{library.words} {target.version} refuses {label}", target.name)
+        timeout_s = float(settings["build_timeout_s"])
+        outcome = run(job, onnx_path.parent, f"{library.words}, {label}", timeout_s, Path(scratch))
+        if not outcome.built:
+            raise _refused(outcome, model, f"{library.words} {target.version} refuses {label}", target.name)
+        (Path(scratch) / _tensorrt_job.PLAN).rename(out / PLAN)
     layers, wanted = report.parse(outcome.layers), report.products(model)
     found = report.computed(layers, wanted)
     _check_products(wanted, found, f"{library.words} {target.version} built {label}", target.name)
     table = {"bindings": report.bindings(outcome.layers), "products": found, "layers": [row.row() for row in layers]}
     _write_layers(out, target, table)
-    arch = ",".join(f"sm_{c}" for c in capabilities) or (target.arch if library.needs_gpu else f"sm_{_OLDEST}+")
+    oldest = _OLDEST_WITH_FLOAT8 if any("float8" in formats for formats in found.values()) else _OLDEST
+    arch = ",".join(f"sm_{c}" for c in capabilities) or (target.arch if library.needs_gpu else f"sm_{oldest}+")
     return Engine(arch, report.summary(found), (*outcome.notes, *notes), outcome.seconds, outcome.peak_rss_bytes)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medcompile.errors import QuantizeError
 from medcompile.passes.dynamic_int8 import dynamic_matmuls
 from medcompile.passes.edits import constant, insert
+from medcompile.passes.float8 import float8_matmuls
 from medcompile.passes.linear import LinearGroup, linear_groups
 from medcompile.program import Context, Graph, Program
 from medcompile.spec import Precision, Stage, Variant
@@ -76,6 +77,18 @@ def kept(name: str, keep: tuple[str, ...]) -> bool:
 
 
 def _check(variant: Variant) -> None:
+    if Precision.FLOAT8 in (variant.weights, variant.activations):
+        if (variant.weights, variant.activations, variant.method) != (Precision.FLOAT8, Precision.FLOAT8, "rtn"):
+            raise QuantizeError(
+                f"variant {variant.name}: float8 is for weights and activations both, with method rtn",
+                fix="write weights: float8, activations: float8 and no method",
+            )
+        if variant.dynamic or variant.block_size or not variant.symmetric:
+            raise QuantizeError(
+                f"variant {variant.name}: float8 has one stored scale per tensor and no zero point",
+                fix="leave out dynamic, block_size and symmetric",
+            )
+        return
     if variant.weights not in _BITS or variant.activations not in (None, Precision.INT8):
         raise QuantizeError(
             f"variant {variant.name}: {variant.weights} weights don't go with {variant.activations} activations",
@@ -112,6 +125,10 @@ def _quantize_group(
             f"{group.nodes[0].name}: no statistics of its input {group.tensor}",
             fix="run calibrate on the same graphs first (the recipe's calibration.data)",
         )
+    if variant.weights == Precision.FLOAT8:
+        assert stats is not None
+        float8_matmuls(model, group, stats)
+        return
     form = quantizers.WeightFormat(
         _BITS[Precision(variant.weights or "")], variant.block_size, variant.smoothing, variant.symmetric
     )

@@ -13,11 +13,11 @@ from medcompile.errors import BackendError
 
 
 def _run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, timeout_s: float = 30) -> BackendError:
-    """The error that comes of a build whose process runs that code, which finds the job's path in sys.argv[1]."""
+    """The error that comes of a build whose process runs that code."""
     monkeypatch.setattr(tensorrt_job, "_command", lambda: [sys.executable, "-c", code])
-    job = Job("no_library", "g.onnx", "p", str(folder / "log"), str(folder / "outcome"), [], [])
+    job = Job("no_library", "embed.onnx", [], [])
     with pytest.raises(BackendError) as caught:
-        run(job, "TensorRT-RTX, graph embed of variant int8", timeout_s, folder)
+        run(job, folder, "TensorRT-RTX, graph embed of variant int8", timeout_s, folder)
     return caught.value
 
 
@@ -30,9 +30,8 @@ def test_a_killed_build_names_the_signal_and_the_phase(tmp_path: Path, monkeypat
 
 def test_an_abort_shows_the_logs_errors_and_what_was_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
-import json, os, sys
-log = json.load(open(sys.argv[1]))["log"]
-open(log, "w").write("VERBOSE chatter\\nERROR node x: unsupported\\nVERBOSE more\\n")
+import os
+open("log", "w").write("VERBOSE chatter\\nERROR node x: unsupported\\nVERBOSE more\\n")
 print("terminate called without an active exception", flush=True)
 os.abort()
 """
