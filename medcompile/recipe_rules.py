@@ -51,7 +51,7 @@ def broken(value: dict[str, Any]) -> Broken:
 
 def method_of(method: str | None, activations: object, dynamic: object) -> str:
     """The quantizer of a variant: the one it names, else smoothquant for calibrated activations and rtn otherwise."""
-    return method or ("smoothquant" if activations is not None and dynamic is not True else "rtn")
+    return method or ("smoothquant" if activations == "int8" and dynamic is not True else "rtn")
 
 
 def _model_checks(model: dict[str, Any]) -> Broken:
@@ -123,6 +123,14 @@ def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
         yield (*way, "activations"), f"{label} quantizes activations but no weights", "add weights: int8"
     if activations is not None and weights == "int4":
         yield (*way, "activations"), f"{label}: int4 weights go with float activations", "remove activations"
+    if "float8" in (weights, activations) and None not in (weights, activations) and weights != activations:
+        yield (*way, "activations"), f"{label}: float8 goes with float8", "write float8 for weights and activations"
+    if weights == "float8" and (activations is None or variant.keys() & {"dynamic", "symmetric"}):
+        yield (
+            (*way, "weights"),
+            f"{label}: float8 has one stored scale per tensor, for weights and activations both",
+            "add activations: float8, and leave out dynamic and symmetric",
+        )
     if variant.get("dynamic") is True and activations is None:
         yield (
             (*way, "dynamic"),

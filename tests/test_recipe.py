@@ -156,6 +156,8 @@ BAD = {
     "empty budget": (("  cosine: {max_drop: 0.01}", "  {}"), (19, 3), "budget is empty", "max_drop"),
     "int4 activations": (("activations: int8", "activations: int4"), (24, 18), "'int4' is not known here", "int8"),
     "int4 with activations": (("    weights: int8", "    weights: int4"), (24, 18), "int4 weights go with float activations", ""),
+    "float8 with int8": (("    weights: int8", "    weights: float8"), (24, 18), "float8 goes with float8", "for weights and"),
+    "float8 alone": (("fp32: {}", "fp32: {weights: float8}"), (21, 19), "one stored scale per tensor", "activations: float8"),
     "activations alone": (("    weights: int8\n", ""), (23, 18), "quantizes activations but no weights", "weights: int8"),
     "block without int4": (("symmetric: false", "block_size: 128"), (25, 17), "block_size is for int4", "int4"),
     "odd block": (("symmetric: false", "block_size: 100"), (25, 17), "100 is not known here", "128"),
