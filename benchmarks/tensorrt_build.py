@@ -4,7 +4,7 @@
 
 BERT-base has 12 layers and random weights, exported, simplified, calibrated on random ids and lowered by medcompile's
 own passes: what is measured here does not depend on what the weights say. Every engine is built three times, each in a
-process of its own; the median counts, and the three must be equal to the byte.
+process of its own; the median counts, and how many of the three plans differ in bytes is told.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VARIANTS = (
 )
 HEADER = (
     "| model | variant | build s, wall | build s, CPU | engine MB | peak RSS MB | linear layers "
-    "| rows: gemm, fused, other |"
+    "| rows: gemm, fused, other | different plans |"
 )
 
 
@@ -107,8 +107,6 @@ def measure(model: str, program: Program, variant: Variant, scratch: Path) -> st
             plan = (Path(out) / tensorrt.PLAN).read_bytes()
             layers = json.loads((Path(out) / tensorrt.LAYERS).read_text(encoding="utf-8"))["layers"]
             digests.add(hashlib.sha256(plan).hexdigest())
-    if len(digests) != 1:
-        raise SystemExit(f"{model} {variant.name}: {len(digests)} different engines in {RUNS} builds")
     kinds = [layer["kind"] for layer in layers]
     gemms, fused = kinds.count("gemm"), kinds.count("runtime_fusion")
     cells = (
@@ -120,6 +118,7 @@ def measure(model: str, program: Program, variant: Variant, scratch: Path) -> st
         f"{statistics.median(e.peak_rss_bytes for e in engines) / 1e6:.0f}",
         engines[0].products,
         f"{gemms}, {fused}, {len(kinds) - gemms - fused}",
+        f"{len(digests)} of {RUNS}",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -152,11 +151,10 @@ def main() -> None:
             "",
             f"TensorRT-RTX {version}, {platform.machine()}, {cores} cores ({_cpu()}), load {load:.1f} while it ran: "
             "where other work shared the cores, CPU seconds are nearer to what an idle machine needs.",
-            f"Profile: batch 1, 8, 64; sequence 8, 128, 512. Median of {RUNS} builds, which were equal to the byte. "
-            "Engines are built here, not run.",
+            f"Profile: batch 1, 8, 64; sequence 8, 128, 512. Median of {RUNS} builds. Engines are built here, not run.",
             "",
             HEADER,
-            "|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             "Written by `python benchmarks/tensorrt_build.py`.",
