@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import glob
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -28,6 +29,7 @@ from medcompile.errors import BundleError, UsageError
 from medcompile.spec import Artifact, GraphSpec, Margin, Variant
 
 MANIFEST = "bundle.json"
+EVIDENCE = "evidence.json"
 PARALLEL_BYTES = 16 << 20
 """From this much data on, several files are hashed at once (hashlib releases the interpreter lock)."""
 
@@ -174,6 +176,13 @@ class Writer:
         self._swap_in()
         return dataclasses.replace(bundle, root=self.place)
 
+    def add(self, source: Path, relative: str) -> None:
+        """Put a file into the bundle: linked where it is on the same disk, else copied."""
+        try:
+            os.link(source, self.path(relative))
+        except OSError:
+            shutil.copyfile(source, self.path(relative))
+
     def _sibling(self, state: str) -> Path:
         return self.place.with_name(f".{self.place.name}.{state}-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -223,6 +232,43 @@ class Writer:
         parent = os.open(self.place.parent, os.O_RDONLY)
         os.fsync(parent)
         os.close(parent)
+
+
+def rewrite(
+    found: Bundle,
+    place: Path,
+    artifacts: Iterable[Artifact],
+    files: Mapping[str, Path] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Bundle:
+    """Write found anew at place (its own root, too) with these artifacts, and their evidence in evidence.json.
+
+    files: what new artifacts bring along, by relative path, in place of what lay in their folders. provenance None:
+    as it was. Whoever calls has checked the digests of found.
+    """
+    kept = tuple(artifacts)
+    added = files or {}
+    replaced = tuple(f"{found.folder_of(a)}/" for a in kept if a.path in added)
+    with Writer(place) as writer:
+        for path in found.files:
+            if path != EVIDENCE and not path.startswith(replaced):
+                writer.add(found.root / path, path)
+        for path, source in added.items():
+            shutil.copyfile(source, writer.path(path))
+        writer.path(EVIDENCE).write_text(evidence_text(kept), encoding="utf-8")
+        contents = {field.name: getattr(found, field.name) for field in dataclasses.fields(Contents)}
+        contents |= {"artifacts": kept, "provenance": found.provenance if provenance is None else provenance}
+        return writer.commit(Contents(**contents))
+
+
+def evidence_text(artifacts: Iterable[Artifact]) -> str:
+    """What evidence.json holds: the evidence of every artifact, for readers that want no more of the manifest."""
+    rows = [
+        {"variant": a.variant, "target": a.target.name, "graph": a.graph, "verdict": a.verdict}
+        | {"verified_on": a.verified_on, "evidence": [manifest.encode(e) for e in a.evidence]}
+        for a in artifacts
+    ]
+    return json.dumps(rows, indent=1, sort_keys=True) + "\n"
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> int:

@@ -120,6 +120,7 @@ def build(
 def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose = False) -> None:
     """Show a bundle: graphs, variants, sizes, and which operators run in which precision."""
     from medcompile import bundle, terminal
+    from medcompile.verify import DID_NOT_RUN
 
     found = bundle.read(bundle_path)
     layers = json.loads((found.root / "layers.json").read_bytes()) if "layers.json" in found.files else {}
@@ -142,6 +143,11 @@ def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose =
     console.print(terminal.size_table(found))
     console.print(terminal.layer_table(layers))
     console.print(terminal.evidence_table(found.artifacts, "evidence", judged_only=not verbose))
+    for artifact in found.artifacts:
+        if not artifact.ran:
+            what = f"{artifact.variant} for {artifact.target.name}, {artifact.graph}: {artifact.verified_on}"
+            reason = next((n for n in artifact.notes if n.startswith(DID_NOT_RUN)), "it was not judged")
+            console.print(f"note: {what}; {reason}", markup=False, soft_wrap=True)
     for note in found.provenance.get("notes", ()):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     for artifact in found.artifacts if verbose else ():
@@ -160,7 +166,10 @@ def verify(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every digest, then make the accuracy evidence again on this machine."""
+    """Check every digest, then make the accuracy evidence again on this machine.
+
+    An engine that was built without its device and runs here for the first time gets its own evidence into the bundle.
+    """
     from medcompile import bundle, terminal
 
     found = bundle.read(bundle_path)
@@ -173,16 +182,22 @@ def verify(
     from medcompile import verify as verification
 
     repeated = verification.repeat(found, verification.evaluation(found, data, allow_phi=allow_phi), threads)
-    made = [r.artifact for r in repeated if not r.reason]
-    if as_json:
-        typer.echo(json.dumps([_artifact(r.artifact) | {"reason": r.reason} for r in repeated], indent=1))
-    else:
+    made = [r.artifact for r in repeated if r.made]
+    if not as_json:
         told.print(terminal.evidence_table(made, f"{found.name}, on this machine"))
     for r in repeated:
+        what = f"{r.artifact.variant} for {r.artifact.target.name}, {r.artifact.graph}"
         if r.reason:
-            what = f"{r.artifact.variant} for {r.artifact.target.name}"
-            told.print(f"{what} not run here: {r.reason}", markup=False, soft_wrap=True)
-    worse = [r.artifact for r in repeated if not r.reason and r.artifact.verdict != r.recorded]
+            told.print(f"{what}: did not run here: {r.reason}", markup=False, soft_wrap=True)
+        if r.renewed:
+            told.print(f"{what}: {r.artifact.verified_on}, for the first time", markup=False, soft_wrap=True)
+    if any(r.renewed for r in repeated):
+        verification.renew(found, repeated)
+        told.print(f"{found.root} now holds that evidence", markup=False, soft_wrap=True)
+    if as_json:
+        rows = ({"reason": r.reason, "made": r.made, "renewed": r.renewed} | _artifact(r.artifact) for r in repeated)
+        typer.echo(json.dumps(list(rows), indent=1))
+    worse = [r.artifact for r in repeated if r.made and r.artifact.verdict != r.recorded]
     if not made or worse:
         names = ", ".join(f"{a.variant} on {a.target.name}: {a.verdict}" for a in worse) or "nothing could be run"
         raise MedcompileError(

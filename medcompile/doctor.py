@@ -96,8 +96,12 @@ def _targets() -> list[Finding]:
             except BackendUnavailable as error:
                 findings.append(Finding(f"target {target}", False, error.message, error.fix))
             else:
-                told = f"{found.backend} {found.version} on {found.device} {found.arch}".replace("  ", " ")
-                findings.append(Finding(f"target {target}", True, told))
+                place = (
+                    f"on {found.device} {found.arch}".rstrip()
+                    if found.present
+                    else f"builds, but no {found.device} device to run on"
+                )
+                findings.append(Finding(f"target {target}", True, f"{found.backend} {found.version} {place}"))
     return findings
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcompile import __version__, backends, budget, bundle, cache, data, manifest, models, recipe, sources, verify
+from medcompile.artifacts import Lowering, Made
 from medcompile.bundle import Bundle
 from medcompile.errors import BackendUnavailable, BundleError, UsageError
 from medcompile.feeds import feeds
@@ -32,7 +33,7 @@ from medcompile.program import Context, Progress, Silent
 from medcompile.run_onnx import run_onnx
 from medcompile.runtime.encoder import Encoder
 from medcompile.runtime.text import TextAssets, read_json
-from medcompile.spec import Artifact, Evidence, GraphSpec, Target, Variant
+from medcompile.spec import GraphSpec, Target, Variant
 from medcompile.steps import Step, Steps
 
 if TYPE_CHECKING:
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 _COMPILER_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers")
 _REFERENCE_VERSION = 1
-_ARTIFACT_VERSION = 1
-_EVIDENCE_VERSION = 1
 
 
 def build(
@@ -95,13 +94,12 @@ class _Build:
                 verify.check(task, self.datasets[1].items, self.text, self.labels)
             lowered = {v.name: self.lowered(v) for v in self.job.variants}
             references = {task: self.reference(task) for task in self.options.tasks}
-            artifacts = [
-                self.artifact(variant, target, task, lowered[variant.name], references[task])
-                for variant in self.job.variants
-                for target in targets
-                for task in self.options.tasks
-            ]
-            finished = self.write(writer, artifacts, lowered, references)
+            trials = {task: self.trial(task, reference) for task, reference in references.items()}
+            lowering = Lowering(self.steps, self.graphs, self.job.budget, trials)
+            made = [m for v in self.job.variants for m in lowering.variant(v, targets, lowered[v.name])]
+            for s in lowering.skipped:
+                self.note(f"variant {s['variant']} is not built for {s['target']}: {s['reason']}\n  fix: {s['fix']}")
+            finished = self.write(writer, made, lowered, references, lowering.skipped)
         if not budget.is_kept(finished):
             missed = budget.closest(finished)
             raise budget.over_budget(finished, missed, self.sensitivity(missed) if missed else {})
@@ -281,68 +279,32 @@ class _Build:
 
         return self.steps.run(f"reference {task}", cache.key("reference", _REFERENCE_VERSION, *parts), fill)
 
-    def artifact(
-        self, variant: Variant, target: Target, task: str, lowered: Step, reference: Step
-    ) -> tuple[Artifact, Path]:
-        """One graph built for one target and judged: the artifact, and the cache folder its files are in."""
-        backend = backends.get(target.backend)
-        spec = self.graphs[task]
-        label = f"{variant.name} for {target.name}" + (f": {task}" if len(self.options.tasks) > 1 else "")
-
-        def make(folder: Path) -> None:
-            (folder / "files").mkdir()
-            built = backend.build(lowered.folder / f"{task}.onnx", spec, variant, target, folder / "files")
-            (folder / "built.json").write_text(json.dumps(manifest.encode(built)), encoding="utf-8")
-
-        key = cache.key("artifact", _ARTIFACT_VERSION, lowered.key, spec, variant, target, __version__)
-        made = self.steps.run(f"build {label}", key, make)
-        built = manifest.decode(backends.Built, json.loads((made.folder / "built.json").read_text("utf-8")), label)
+    def trial(self, task: str, reference: Step) -> tuple[str, Callable[[], verify.Trial]]:
+        """What the task's artifacts are judged by, and the key over all that decides it."""
         _, evaluation = self.datasets
 
-        def judge(folder: Path) -> None:
-            asked = verify.questions(task, evaluation.items, self.text)
-            expected, asked = verify.read_reference(reference.folder / f"{task}.npz", task, asked)
-            with backend.load(made.folder / "files" / built.file, spec, variant, built.target, None) as executor:
-                encoder = Encoder(self.text, {task: executor}, self.graphs, self.labels)
-                answers = verify.predict(encoder, task, asked)
-                evidence = verify.judge(task, self.job.budget, expected, answers, asked, self.labels)
-                latency = verify.latency_ms(executor, spec)
-            result = {"evidence": [manifest.encode(e) for e in evidence], "latency_ms": latency}
-            (folder / "evidence.json").write_text(json.dumps(result), encoding="utf-8")
+        def made() -> verify.Trial:
+            answers = reference.folder / f"{task}.npz"
+            spec, budget = self.graphs[task], self.job.budget
+            return verify.Trial.of(spec, self.text, self.labels, evaluation.items, answers, budget)
 
-        key = cache.key("verify", _EVIDENCE_VERSION, made.key, reference.key, self.job.budget, __version__)
-        judged = self.steps.run(f"verify {label}", key, judge)
-        result = json.loads((judged.folder / "evidence.json").read_text(encoding="utf-8"))
-        artifact = Artifact(
-            graph=task,
-            variant=variant.name,
-            target=built.target,
-            path=f"artifacts/{target.name}/{variant.name}/{task}/{built.file}",
-            sha256="",
-            size_bytes=0,
-            evidence=tuple(manifest.decode(Evidence, e, label) for e in result["evidence"]),
-            verified_on=f"{built.target.device} {built.target.arch}",
-            latency_ms=result["latency_ms"],
-            notes=built.notes,
-        )
-        return artifact, made.folder / "files"
+        return reference.key, made
 
     # ---- the end
 
     def write(
         self,
         writer: bundle.Writer,
-        artifacts: Sequence[tuple[Artifact, Path]],
+        made: Sequence[Made],
         lowered: Mapping[str, Step],
         references: Mapping[str, Step],
+        skipped: Sequence[Mapping[str, str]],
     ) -> Bundle:
         for variant, step in lowered.items():
             for file in [*sorted(step.folder.glob("*.onnx")), step.folder / "weights.bin"]:
                 shutil.copyfile(file, writer.path(f"graphs/{variant}/{file.name}"))
-        for artifact, files in artifacts:
-            base = str(Path(artifact.path).parent)
-            for file in sorted(p for p in files.rglob("*") if p.is_file()):
-                shutil.copyfile(file, writer.path(f"{base}/{file.relative_to(files).as_posix()}"))
+        for path, file in (placed for m in made for placed in m.placed().items()):
+            shutil.copyfile(file, writer.path(path))
         assets = {}
         for file in sorted((self.assets.folder / "assets").iterdir()):
             assets[file.stem] = f"assets/{file.name}"
@@ -352,12 +314,8 @@ class _Build:
         writer.path("recipe.resolved.yaml").write_text(recipe.resolved(self.job), encoding="utf-8")
         table = {v: self.layers(step) for v, step in lowered.items()}
         writer.path("layers.json").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        evidence = [
-            {"variant": a.variant, "target": a.target.name, "graph": a.graph, "verdict": a.verdict}
-            | {"evidence": [manifest.encode(e) for e in a.evidence]}
-            for a, _ in artifacts
-        ]
-        writer.path("evidence.json").write_text(json.dumps(evidence, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        artifacts = tuple(m.artifact for m in made)
+        writer.path(bundle.EVIDENCE).write_text(bundle.evidence_text(artifacts), encoding="utf-8")
         return writer.commit(
             bundle.Contents(
                 name=self.job.name,
@@ -365,10 +323,10 @@ class _Build:
                 tasks=self.options.tasks,
                 graphs=self.graphs,
                 variants={v.name: v for v in self.job.variants},
-                artifacts=tuple(a for a, _ in artifacts),
+                artifacts=artifacts,
                 budget=self.job.budget,
                 assets=assets,
-                provenance=self.provenance(),
+                provenance=self.provenance() | {"skipped": list(skipped)},
             )
         )
 

@@ -1,4 +1,4 @@
-"""Running an onnx_ir model on the CPU with ONNX Runtime: what passes get as ctx.run_onnx. Build time only."""
+"""Running graphs on the CPU with ONNX Runtime: what passes get as ctx.run_onnx, and the oracle of verify.py."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def session(model: Path | bytes, weights: Path | None = None) -> Any:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     source = str(model) if isinstance(model, Path) else model
     return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """Every exception the library raises. They share no base, so they are gathered by where they live."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    found = (value for value in vars(state).values() if isinstance(value, type))
+    return tuple(kind for kind in found if issubclass(kind, Exception))
 
 
 def _library() -> Any:

@@ -41,6 +41,7 @@ class LiveProgress:
         self._name = ""
 
     def begin(self, name: str) -> None:
+        self.close()  # a step that a target refused has no end
         self._name = name
         if self._console.is_terminal:
             self._status = self._console.status(name)
@@ -113,7 +114,7 @@ def progress(as_json: bool, verbose: bool) -> Iterator[Progress]:
 
 
 def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool = False) -> Table:
-    """One row per artifact and metric: reference, value, difference with its bound, verdict, power."""
+    """One row per artifact and metric: reference, value, difference with its bound, verdict, power, and what ran."""
     table = Table(title=Text(title), title_justify="left")
     for name in ("variant", "target", "metric"):
         table.add_column(name)
@@ -121,6 +122,7 @@ def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool 
         table.add_column(name, justify="right")
     table.add_column("verdict")
     table.add_column("power (n for 0.8)", justify="right")
+    table.add_column("what ran")
     for artifact in artifacts:
         shown = [e for e in artifact.evidence if e.margin is not None or not judged_only]
         for i, e in enumerate(shown):
@@ -139,6 +141,7 @@ def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool 
                 str(e.samples),
                 f"[{color}]{e.verdict or 'reported'}[/{color}]",
                 power + needed,
+                ("engine" if artifact.ran else "graph on CPU") if i == 0 else "",
             )
     return table
 

@@ -1,7 +1,8 @@
 """Verify: what a model answers on evaluation data, and the evidence that an artifact answers as well as the reference.
 
-Used by the pipeline for every artifact, and by `medcompile verify` to repeat the evidence where there is no torch:
-the bundle keeps the reference's answers by item digest. No text is kept anywhere.
+Used by the build for every artifact, and by `medcompile verify` to repeat the evidence where there is no torch:
+the bundle keeps the reference's answers by item digest. No text is kept anywhere. An artifact that can't run here is
+judged by the typed graph that it was built from, and says so.
 """
 
 from __future__ import annotations
@@ -11,23 +12,34 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from medcompile import backends, data, metrics
-from medcompile.backends import Executor
+from medcompile import backends, data, metrics, run_onnx
+from medcompile.backends import Backend, Executor, check_feeds
+from medcompile.bundle import Bundle, rewrite
 from medcompile.data import Dataset, Item
-from medcompile.errors import BackendUnavailable, BundleError, DataError, UsageError
+from medcompile.errors import BackendError, BackendUnavailable, BundleError, DataError, UsageError
 from medcompile.metrics import Predictions
 from medcompile.runtime.encoder import Encoder
 from medcompile.runtime.text import TextAssets, read_json
-from medcompile.spec import Artifact, Evidence, GraphSpec, Margin, Verdict
+from medcompile.spec import (
+    GRAPH_VERIFIED,
+    NOT_VERIFIED,
+    Artifact,
+    Evidence,
+    GraphSpec,
+    Margin,
+    Target,
+    Variant,
+    Verdict,
+)
 
-if TYPE_CHECKING:
-    from medcompile.bundle import Bundle
+Array = np.ndarray[Any, Any]
 
-    Array = np.ndarray[Any, Any]
+DID_NOT_RUN = "it did not run: "
+"""How Artifact.notes begins to say why its graph stood in for it."""
 
 _TIMED_RUNS = 5
 _TIMED_S = 2.0
@@ -142,6 +154,101 @@ def latency_ms(executor: Executor, spec: GraphSpec) -> float:
     return round(statistics.median(times) * 1000, 3)
 
 
+# ---- one artifact
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a trial came to: Artifact's fields of the same names. reason: why the artifact itself did not run."""
+
+    evidence: tuple[Evidence, ...]
+    latency_ms: float | None
+    verified_on: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What artifacts of one graph are judged by: its questions, the reference's answers to them, and the budget."""
+
+    spec: GraphSpec
+    text: TextAssets
+    labels: Sequence[str]
+    asked: tuple[Question, ...]
+    reference: Predictions
+    budget: Sequence[Margin]
+
+    @classmethod
+    def of(
+        cls,
+        spec: GraphSpec,
+        text: TextAssets,
+        labels: Sequence[str],
+        items: Sequence[Item],
+        reference: Path,
+        budget: Sequence[Margin],
+    ) -> Trial:
+        """reference: the .npz of the answers that were kept."""
+        answers, asked = read_reference(reference, spec.name, questions(spec.name, items, text))
+        return cls(spec, text, labels, asked, answers, budget)
+
+    def run(
+        self,
+        backend: Backend,
+        path: Path,
+        variant: Variant,
+        target: Target,
+        typed: Path | None,
+        threads: int | None = None,
+    ) -> Findings:
+        """Run the artifact at path where this machine can, else the typed graph that it was built from, if given.
+
+        target: the artifact's. Raises BackendError if it can be loaded, and then does not run.
+        """
+        try:
+            here = backend.probe(target.name)
+            executor = backend.load(path, self.spec, variant, target, threads)
+        except BackendUnavailable as error:
+            return self._run_graph(typed, str(error)) if typed else Findings((), None, NOT_VERIFIED, str(error))
+        with executor:
+            return Findings(self._judged(executor), latency_ms(executor, self.spec), here.verified_on)
+
+    def _run_graph(self, typed: Path, reason: str) -> Findings:
+        """The evidence of the graph alone; none where ONNX Runtime's CPU provider lacks an operator or a format."""
+        try:
+            with _OnCpu(typed, self.spec) as executor:
+                return Findings(self._judged(executor), None, GRAPH_VERIFIED, reason)
+        except BackendError as error:
+            return Findings((), None, NOT_VERIFIED, f"{reason}; nor does its graph run here: {error.message}")
+
+    def _judged(self, executor: Executor) -> tuple[Evidence, ...]:
+        name = self.spec.name
+        encoder = Encoder(self.text, {name: executor}, {name: self.spec}, self.labels)
+        answers = predict(encoder, name, self.asked)
+        return judge(name, self.budget, self.reference, answers, self.asked, self.labels)
+
+
+class _OnCpu(Executor):
+    """A typed graph as it is, run by ONNX Runtime's CPU provider: the numerical oracle for what can't run here."""
+
+    def __init__(self, typed: Path, spec: GraphSpec) -> None:
+        super().__init__(spec)
+        try:
+            self._session: Any = run_onnx.session(typed)
+        except BackendUnavailable:
+            raise
+        except run_onnx.errors() as error:
+            raise BackendError(f"ONNX Runtime's CPU provider refuses it: {str(error).splitlines()[0]}") from error
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        check_feeds(self.spec, feeds)
+        names = [tensor.name for tensor in self.outputs]
+        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
 # ---- the reference's answers, kept by digest
 
 
@@ -191,14 +298,17 @@ def read_reference(path: Path, task: str, asked: Sequence[Question]) -> tuple[Pr
 
 @dataclass(frozen=True)
 class Repeated:
-    """An artifact with the evidence made here, and the verdict that the bundle recorded.
+    """An artifact with the evidence made here, and what the bundle recorded of it.
 
-    reason: why it could not be run here; the artifact is then as the bundle has it.
+    made: False where nothing could be run here; the artifact is then as the bundle has it. reason: why it did not run
+    itself (its graph may have). renewed: it ran for the first time, which the bundle should know.
     """
 
     artifact: Artifact
     recorded: Verdict | None
+    made: bool = True
     reason: str = ""
+    renewed: bool = False
 
 
 def evaluation(bundle: Bundle, manifest: Path | None, *, allow_phi: bool = False) -> Dataset:
@@ -224,28 +334,45 @@ def evaluation(bundle: Bundle, manifest: Path | None, *, allow_phi: bool = False
     return found
 
 
-def repeat(bundle: Bundle, dataset: Dataset, threads: int | None = None) -> tuple[Repeated, ...]:
-    """Run every artifact that can run here on the evaluation data, and judge it against the kept reference."""
+def trial(bundle: Bundle, graph: str, dataset: Dataset) -> Trial:
+    """What a finished bundle's artifacts of that graph are judged by."""
     text = TextAssets.read(bundle.root / "assets")
-    labels = (
-        [str(n) for n in read_json(bundle.root / bundle.assets["labels"], list)] if "labels" in bundle.assets else []
-    )
-    results: list[Repeated] = []
-    for artifact in bundle.artifacts:
-        spec = bundle.graphs[artifact.graph]
-        asked = questions(spec.name, dataset.items, text)
-        reference, asked = read_reference(bundle.root / f"reference/{spec.name}.npz", spec.name, asked)
-        backend = backends.get(artifact.target.backend)
-        variant = bundle.variants[artifact.variant]
-        try:
-            backend.probe(artifact.target.name)
-            executor = backend.load(bundle.root / artifact.path, spec, variant, artifact.target, threads)
-        except BackendUnavailable as error:
-            results.append(Repeated(artifact, artifact.verdict, str(error)))
-            continue
-        with executor:
-            encoder = Encoder(text, {spec.name: executor}, {spec.name: spec}, labels)
-            answers = predict(encoder, spec.name, asked)
-            evidence = judge(spec.name, bundle.budget, reference, answers, asked, labels)
-        results.append(Repeated(replace(artifact, evidence=evidence), artifact.verdict))
-    return tuple(results)
+    labels = read_json(bundle.root / bundle.assets["labels"], list) if "labels" in bundle.assets else []
+    reference = bundle.root / f"reference/{graph}.npz"
+    names = [str(name) for name in labels]
+    return Trial.of(bundle.graphs[graph], text, names, dataset.items, reference, bundle.budget)
+
+
+def repeat(bundle: Bundle, dataset: Dataset, threads: int | None = None) -> tuple[Repeated, ...]:
+    """Judge every artifact again against the kept reference. One that can't run here is judged by its graph, unless
+    it ran elsewhere already: that evidence is the better one, and stays."""
+    trials = {graph: trial(bundle, graph, dataset) for graph in bundle.graphs}
+    return tuple(_again(bundle, artifact, trials[artifact.graph], threads) for artifact in bundle.artifacts)
+
+
+def _again(bundle: Bundle, artifact: Artifact, trial: Trial, threads: int | None) -> Repeated:
+    backend, variant = backends.get(artifact.target.backend), bundle.variants[artifact.variant]
+    typed = None if artifact.ran else bundle.root / f"graphs/{artifact.variant}/{artifact.graph}.onnx"
+    found = trial.run(backend, bundle.root / artifact.path, variant, artifact.target, typed, threads)
+    ran = not found.reason
+    if found.verified_on == NOT_VERIFIED:
+        return Repeated(artifact, artifact.verdict, made=False, reason=found.reason)
+    again = replace(artifact, evidence=found.evidence, verified_on=found.verified_on, latency_ms=found.latency_ms)
+    if ran:
+        again = replace(again, notes=tuple(note for note in again.notes if not note.startswith(DID_NOT_RUN)))
+    return Repeated(again, artifact.verdict, reason=found.reason, renewed=ran and not artifact.ran)
+
+
+def renew(bundle: Bundle, repeated: Sequence[Repeated]) -> Bundle:
+    """Write the bundle anew with the evidence of artifacts that ran for the first time. Nothing else is changed.
+
+    Raises BundleError where its folder can't be written.
+    """
+    artifacts = [r.artifact if r.renewed else a for r, a in zip(repeated, bundle.artifacts, strict=True)]
+    try:
+        return rewrite(bundle, bundle.root, artifacts)
+    except OSError as error:
+        raise BundleError(
+            f"{bundle.root}: the evidence was made, but can't be written into it: {error.strerror or error}",
+            fix="verify a copy in a folder that can be written",
+        ) from error

@@ -31,7 +31,9 @@ def artifact(
     target: Target = CPU,
 ) -> Artifact:
     path = f"artifacts/{target.name}/{variant}/{graph}/model.bin"
-    return Artifact(graph, variant, target, path, "", 0, evidence(verdict) if verdict else (), "fake-cpu", latency_ms)
+    return Artifact(
+        graph, variant, target, path, "", 0, evidence(verdict) if verdict else (), target.verified_on, latency_ms
+    )
 
 
 def contents(artifacts: Sequence[Artifact] = (artifact("fp32"),), tasks: Sequence[str] = ("embed",)) -> Contents:

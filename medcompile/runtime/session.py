@@ -53,6 +53,13 @@ class Choice:
         times = [a.latency_ms for a in self.artifacts.values() if a.latency_ms is not None]
         return sum(times) if len(times) == len(self.artifacts) else None
 
+    def timed_on(self, machine: Target) -> bool:
+        """Whether its latencies hold for this kind of machine. Target.arch can't tell: an engine for sm_80+ was timed
+        on one kind of GPU among all those that take it, which the evidence names."""
+        return {a.verified_on for a in self.artifacts.values()} == {
+            machine.verified_on
+        } and self.target.os == machine.os
+
 
 class Session:
     """A loaded bundle. Thread-safe; a context manager; a task's artifact is checked and loaded on its first use.
@@ -240,12 +247,7 @@ def _available(ranked: list[Choice], loaded: Bundle) -> tuple[Choice, Backend]:
         target = here[name]
         if isinstance(target, BackendUnavailable):
             continue
-        built = choice.target
-        if choice.latency_ms is not None and (built.device, built.arch, built.os) != (
-            target.device,
-            target.arch,
-            target.os,
-        ):
+        if choice.latency_ms is not None and not choice.timed_on(target):
             waiting = _rank(loaded, [_untimed(c) if c.target.name == name else c for c in (choice, *waiting)])
             continue
         return choice, backend
@@ -258,9 +260,15 @@ def _available(ranked: list[Choice], loaded: Bundle) -> tuple[Choice, Backend]:
 
 def _probe(backend: Backend, target: str) -> Target | BackendUnavailable:
     try:
-        return backend.probe(target)
+        found = backend.probe(target)
     except BackendUnavailable as error:
         return error
+    if found.present:
+        return found
+    return BackendUnavailable(
+        f"{backend.name} {found.version} is here, but no {found.device} device to run it on",
+        fix="run it on a machine that has one and its driver; `medcompile doctor` says what is found",
+    )
 
 
 def _untimed(choice: Choice) -> Choice:

@@ -1,0 +1,119 @@
+"""Artifacts: typed graphs built for targets and judged, as steps that the cache keeps; and the pairs that can't be.
+
+Where the typed graphs come from is pipeline.py's business (from a recipe) or relower.py's (from a bundle).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from medcompile import __version__, backends, cache, manifest
+from medcompile.errors import BackendError
+from medcompile.spec import NOT_VERIFIED, Artifact, GraphSpec, Margin, Target, Variant
+from medcompile.steps import Step, Steps
+from medcompile.verify import DID_NOT_RUN, Trial
+
+_ARTIFACT_VERSION = 2
+_EVIDENCE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact, and the folder in the cache that holds its files."""
+
+    artifact: Artifact
+    files: Path
+
+    def placed(self) -> dict[str, Path]:
+        """Every file of it by its relative path in a bundle."""
+        base = self.artifact.path.rpartition("/")[0]
+        found = sorted(p for p in self.files.rglob("*") if p.is_file())
+        return {f"{base}/{file.relative_to(self.files).as_posix()}": file for file in found}
+
+
+@dataclass
+class Lowering:
+    """Lowers variants for targets. trials: by graph, a key over all that decides the judgement and how to come by it;
+    None judges nothing. skipped: what a target refused, with the reason and the fix."""
+
+    steps: Steps
+    graphs: Mapping[str, GraphSpec]
+    budget: Sequence[Margin]
+    trials: Mapping[str, tuple[str, Callable[[], Trial]]] | None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def variant(self, variant: Variant, targets: Sequence[Target], typed: Step) -> list[Made]:
+        """Every graph of the variant for every target that takes it; a target takes all graphs, or none of them.
+
+        Raises BackendError if no target takes the variant.
+        """
+        made: list[Made] = []
+        refused: list[BackendError] = []
+        for target in targets:
+            try:
+                made += [self._artifact(variant, target, spec, typed) for spec in self.graphs.values()]
+            except _Refused as error:
+                refused.append(error.why)
+                told = {"variant": variant.name, "target": target.name}
+                self.skipped.append(told | {"reason": error.why.message, "fix": error.why.fix})
+        if refused and not made:
+            raise refused[0]
+        return made
+
+    def _artifact(self, variant: Variant, target: Target, spec: GraphSpec, typed: Step) -> Made:
+        backend = backends.get(target.backend)
+        label = f"{variant.name} for {target.name}" + (f": {spec.name}" if len(self.graphs) > 1 else "")
+
+        def make(folder: Path) -> None:
+            (folder / "files").mkdir()
+            try:
+                built = backend.build(typed.folder / f"{spec.name}.onnx", spec, variant, target, folder / "files")
+            except BackendError as error:
+                raise _Refused(error) from error
+            (folder / "built.json").write_text(json.dumps(manifest.encode(built)), encoding="utf-8")
+
+        key = cache.key("artifact", _ARTIFACT_VERSION, typed.key, spec, variant, target, __version__)
+        made = self.steps.run(f"build {label}", key, make)
+        built = manifest.decode(backends.Built, json.loads((made.folder / "built.json").read_text("utf-8")), label)
+        files = made.folder / "files"
+        artifact = Artifact(
+            graph=spec.name,
+            variant=variant.name,
+            target=built.target,
+            path=f"artifacts/{target.name}/{variant.name}/{spec.name}/{built.file}",
+            sha256="",
+            size_bytes=0,
+            verified_on=NOT_VERIFIED,
+            notes=built.notes,
+        )
+        if self.trials is None:
+            return Made(artifact, files)
+        trial_key, trial = self.trials[spec.name]
+
+        def judge(folder: Path) -> None:
+            graph = typed.folder / f"{spec.name}.onnx"
+            found = trial().run(backend, files / built.file, variant, built.target, graph)
+            judged = replace(
+                artifact,
+                evidence=found.evidence,
+                latency_ms=found.latency_ms,
+                verified_on=found.verified_on,
+                notes=(*built.notes, f"{DID_NOT_RUN}{found.reason}") if found.reason else built.notes,
+            )
+            (folder / "evidence.json").write_text(json.dumps(manifest.encode(judged)), encoding="utf-8")
+
+        key = cache.key("verify", _EVIDENCE_VERSION, made.key, trial_key, self.budget, __version__)
+        judged = self.steps.run(f"verify {label}", key, judge)
+        result = json.loads((judged.folder / "evidence.json").read_text(encoding="utf-8"))
+        return Made(manifest.decode(Artifact, result, label), files)
+
+
+class _Refused(BackendError):
+    """A backend did not build; what it said is in why."""
+
+    def __init__(self, why: BackendError) -> None:
+        super().__init__(why.message, fix=why.fix)
+        self.why = why
