@@ -6,6 +6,7 @@ offset, length) in its stored dtype, with a Cast where the graph computes in fp3
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOpt
 
     from medcompile import sources
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of libraries that a text model has no use for
     tensors = sources.tensors(checkpoint)
     traced = family.trace(checkpoint, tensors, task, options)
     program = torch.onnx.export(

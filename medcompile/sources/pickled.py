@@ -16,6 +16,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,9 @@ def as_safetensors(source: str, path: Path, sha256: str, cache: Path) -> Path:
     with os_errors(f"{source}: converting {path.name} into {folder}", fix=f"check that {folder} can be written"):
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):  # by a run that was killed
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another run finished it meanwhile
+                if time.time() - left.stat().st_mtime > _STALE_S:
+                    left.unlink()
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".partial-", delete=False) as out:
             partial = Path(out.name)
             try:
