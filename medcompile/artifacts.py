@@ -45,10 +45,10 @@ class Lowering:
     trials: Mapping[str, tuple[str, Callable[[], Trial]]] | None
     skipped: list[dict[str, str]] = field(default_factory=list)
 
-    def variant(self, variant: Variant, targets: Sequence[Target], typed: Step) -> list[Made]:
+    def variant(self, variant: Variant, targets: Sequence[Target], typed: Step, *, needed: bool = True) -> list[Made]:
         """Every graph of the variant for every target that takes it; a target takes all graphs, or none of them.
 
-        Raises BackendError if no target takes the variant.
+        Raises BackendError if the variant is needed and no target takes it.
         """
         made: list[Made] = []
         refused: list[BackendError] = []
@@ -59,9 +59,16 @@ class Lowering:
                 refused.append(error.why)
                 told = {"variant": variant.name, "target": target.name}
                 self.skipped.append(told | {"reason": error.why.message, "fix": error.why.fix})
-        if refused and not made:
+        if refused and not made and needed:
             raise refused[0]
         return made
+
+    def notes(self) -> list[str]:
+        """skipped, in words."""
+        return [
+            f"variant {s['variant']} is not built for {s['target']}: {s['reason']}\n  fix: {s['fix']}"
+            for s in self.skipped
+        ]
 
     def _artifact(self, variant: Variant, target: Target, spec: GraphSpec, typed: Step) -> Made:
         backend = backends.get(target.backend)

@@ -72,8 +72,20 @@ def _root(
 
 @app.command()
 def build(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, such as recipes/quickstart.yaml.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The bundle's folder; default engines/NAME.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe, such as recipes/quickstart.yaml.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The bundle's folder; default engines/NAME, with --from that bundle itself."),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="BUNDLE", help="Build a bundle's graphs for more targets.")
+    ] = None,
+    targets: Annotated[str | None, typer.Option(help="With --from: the targets, with commas between them.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --from: manifest of the evaluation data; default: calibration/NAME.yaml.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the recipe.")
     ] = None,
@@ -83,22 +95,34 @@ def build(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compile a recipe into a bundle and show the evidence."""
-    from medcompile import bundle, pipeline, terminal
+    """Compile a recipe into a bundle and show the evidence. With --from, build a bundle's graphs for more targets."""
+    from medcompile import bundle, terminal
     from medcompile.errors import OverBudgetError
 
+    _check_origin(recipe, source, recipe_only={"--set": settings}, source_only={"--targets": targets, "--data": data})
     failure: OverBudgetError | None = None
     try:
         with terminal.progress(as_json, verbose) as progress:
-            built = pipeline.build(
-                recipe,
-                out=out,
-                overrides=settings or (),
-                offline=offline,
-                allow_phi=allow_phi,
-                cache_folder=cache,
-                progress=progress,
-            )
+            if recipe is not None:
+                from medcompile import pipeline
+
+                built = pipeline.build(
+                    recipe,
+                    out=out,
+                    overrides=settings or (),
+                    offline=offline,
+                    allow_phi=allow_phi,
+                    cache_folder=cache,
+                    progress=progress,
+                )
+            else:
+                from medcompile.relower import relower
+
+                assert source is not None
+                wanted = (targets or "").replace(",", " ").split()
+                built = relower(
+                    source, wanted, out=out, data=data, allow_phi=allow_phi, cache_folder=cache, progress=progress
+                )
     except OverBudgetError as error:
         failure = error
         built = bundle.read(error.bundle, check=False)
@@ -257,6 +281,25 @@ def schema() -> None:
     from medcompile.recipe import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _check_origin(
+    recipe: Path | None, source: Path | None, recipe_only: dict[str, object], source_only: dict[str, object]
+) -> None:
+    """Raise UsageError unless there is a recipe or --from, one of them, and only options that go with it."""
+    if (recipe is None) == (source is None):
+        raise UsageError(
+            "give a RECIPE, or --from BUNDLE" + ("" if recipe is None else ": not both"),
+            fix="medcompile build recipes/NAME.yaml, or medcompile build --from engines/NAME --targets TARGET",
+        )
+    foreign = source_only if recipe is not None else recipe_only
+    if wrong := [name for name, value in foreign.items() if value]:
+        raise UsageError(
+            f"{', '.join(wrong)} {'needs --from BUNDLE' if recipe is not None else 'needs a recipe'}",
+            fix="targets and data of a recipe stand in it; change one with --set, for example --set targets=[...]"
+            if recipe is not None
+            else "the bundle's variants stay as they are; to change them, build the recipe again",
+        )
 
 
 # ---- what the commands print

@@ -97,8 +97,8 @@ class _Build:
             trials = {task: self.trial(task, reference) for task, reference in references.items()}
             lowering = Lowering(self.steps, self.graphs, self.job.budget, trials)
             made = [m for v in self.job.variants for m in lowering.variant(v, targets, lowered[v.name])]
-            for s in lowering.skipped:
-                self.note(f"variant {s['variant']} is not built for {s['target']}: {s['reason']}\n  fix: {s['fix']}")
+            for note in lowering.notes():
+                self.note(note)
             finished = self.write(writer, made, lowered, references, lowering.skipped)
         if not budget.is_kept(finished):
             missed = budget.closest(finished)
