@@ -433,7 +433,7 @@ TEXTS = (
     Case("no threads", 2, ("at least 1",), lambda p: p.ask("a", "--threads", "0")),
 )
 USAGE = (
-    Case("no recipe named", 2, ("RECIPE",), lambda p: p.run("build"), fix=False),
+    Case("no recipe named", 2, ("RECIPE",), lambda p: p.run("build")),
     Case("an unknown command", 2, ("compile",), lambda p: p.run("compile", "x"), fix=False),
     Case("an unknown option", 2, ("--quick",), lambda p: p.run("build", "x", "--quick"), fix=False),
     Case(
