@@ -177,11 +177,16 @@ class Writer:
         return dataclasses.replace(bundle, root=self.place)
 
     def add(self, source: Path, relative: str) -> None:
-        """Put a file into the bundle: linked where it is on the same disk, else copied."""
+        """Put a file into the bundle: one of the bundle that it replaces is only linked, where the disk can, so that
+        nothing is copied; the older name goes with the older bundle. (ONNX readers refuse weights of two names.)"""
         try:
-            os.link(source, self.path(relative))
-        except OSError:
-            shutil.copyfile(source, self.path(relative))
+            if source.is_relative_to(self.place):
+                os.link(source, self.path(relative))
+                return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
+                raise
+        shutil.copyfile(source, self.path(relative))
 
     def _sibling(self, state: str) -> Path:
         return self.place.with_name(f".{self.place.name}.{state}-{os.getpid()}-{secrets.token_hex(4)}")
@@ -251,7 +256,7 @@ def rewrite(
     replaced = tuple(f"{found.folder_of(a)}/" for a in kept if a.path in added)
     with Writer(place) as writer:
         for path in found.files:
-            if path != EVIDENCE and not path.startswith(replaced):
+            if path != EVIDENCE and path not in added and not path.startswith(replaced):
                 writer.add(found.root / path, path)
         for path, source in added.items():
             shutil.copyfile(source, writer.path(path))

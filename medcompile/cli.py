@@ -21,6 +21,7 @@ from medcompile.errors import InputError, MedcompileError, UsageError
 
 if TYPE_CHECKING:
     from medcompile.bundle import Bundle
+    from medcompile.data import Dataset
     from medcompile.runtime.session import Session
 
 
@@ -186,6 +187,10 @@ def verify(
         Path | None, typer.Option(help="Manifest of the evaluation data; default: calibration/NAME.yaml here.")
     ] = None,
     digests_only: Annotated[bool, typer.Option(help="Check the files alone, and run nothing.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Instead, say where the graphs of a variant leave those of fp32.")
+    ] = False,
+    variant: Annotated[str | None, typer.Option(help="With --layers: which variant; default: each.")] = None,
     allow_phi: Annotated[bool, typer.Option(help="Read data whose manifest says phi: present, in this run.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -205,7 +210,13 @@ def verify(
         return
     from medcompile import verify as verification
 
-    repeated = verification.repeat(found, verification.evaluation(found, data, allow_phi=allow_phi), threads)
+    if variant is not None and not layers:
+        raise UsageError("--variant goes with --layers", fix="leave it out: every variant is verified")
+    judged_on = verification.evaluation(found, data, allow_phi=allow_phi)
+    if layers:
+        _tell_layers(found, judged_on, variant, as_json)
+        return
+    repeated = verification.repeat(found, judged_on, threads)
     made = [r.artifact for r in repeated if r.made]
     if not as_json:
         told.print(terminal.evidence_table(made, f"{found.name}, on this machine"))
@@ -281,6 +292,28 @@ def schema() -> None:
     from medcompile.recipe import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _tell_layers(found: Bundle, judged_on: Dataset, variant: str | None, as_json: bool) -> None:
+    """Print the layer errors of one variant, or each, and the first layer that jumps."""
+    from medcompile import terminal
+    from medcompile.layer_errors import fp32_of, layer_errors
+
+    exact = fp32_of(found).name
+    rows: list[dict[str, Any]] = []
+    for name in [variant] if variant else [v for v in found.variants if v != exact]:
+        for graph in found.graphs:
+            errors = layer_errors(found, name, graph, judged_on)
+            first = next((e.node for e in errors if e.jumped), None)
+            rows.append(
+                {"variant": name, "graph": graph, "first_jump": first, "layers": [asdict(error) for error in errors]}
+            )
+            if not as_json:
+                terminal.console().print(terminal.layer_error_table(errors, f"{name} beside {exact}: {graph}"))
+                told = f"{name}, {graph}: the error first jumps at {first}" if first else f"{name}, {graph}: no jump"
+                typer.echo(told)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
 
 
 def _check_origin(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from medcompile.bundle import Bundle
+    from medcompile.layer_errors import LayerError
 
 _FILE_WIDTH = 180
 _COLORS = {Verdict.NON_INFERIOR: "green", Verdict.INFERIOR: "red", Verdict.INCONCLUSIVE: "yellow", None: "dim"}
@@ -175,6 +176,20 @@ def layer_table(layers: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]])
             counts = Counter((row["op"], row["precision"]) for row in rows)
             for (op, precision), count in sorted(counts.items()):
                 table.add_row(variant, graph, op, precision, str(count))
+    return table
+
+
+def layer_error_table(rows: Sequence[LayerError], title: str) -> Table:
+    """One row per layer: its relative error beside the running level; those that jump stand out."""
+    table = Table(title=Text(title), title_justify="left")
+    for name in ("layer", "operator"):
+        table.add_column(name)
+    for name in ("relative error", "running level"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        mark = Text("jumps", "red") if row.jumped else Text("")
+        table.add_row(Text(row.node), row.op, f"{row.error:.5f}", f"{row.level:.5f}", mark)
     return table
 
 
