@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 # Activations of one batch that are held at once; a group has at least one tensor.
-_HELD_BYTES = 128 * 2**20
+_HELD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Calibrate:
 
     minimum: int = 32
     name: str = "calibrate"
-    version: int = 1
+    version: int = 2
     needs: Stage = Stage.SIMPLIFIED
     gives: Stage = Stage.CALIBRATED
 

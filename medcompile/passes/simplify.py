@@ -23,7 +23,7 @@ _FOLD_LIMIT_BYTES = 16_384
 @dataclass(frozen=True)
 class Simplify:
     name: str = "simplify"
-    version: int = 2
+    version: int = 3
     needs: Stage = Stage.EXPORTED
     gives: Stage = Stage.SIMPLIFIED
 
@@ -93,7 +93,7 @@ def _turns_weight(node: ir.Node) -> bool:
     tensor = node.inputs[0].const_value if node.inputs[0] is not None else None
     if tensor is None or (node.op_type == "Transpose" and len(tensor.shape) != 2):
         return False
-    return isinstance(tensor, ir.ExternalTensor) or tensor.nbytes > _FOLD_LIMIT_BYTES
+    return isinstance(tensor, ir.ExternalTensor | ir.LazyTensor) or tensor.nbytes > _FOLD_LIMIT_BYTES
 
 
 def _plain_linears(model: ir.Model) -> None:

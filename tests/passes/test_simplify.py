@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from medcompile import onnx_files
 from medcompile.passes.derived import Derived
@@ -50,6 +52,15 @@ def test_every_linear_layer_is_a_matmul_named_after_its_module(task: str) -> Non
     names = [node.name for group in linear_groups(graph(task)) for node in group.nodes]
     layers = [f"encoder.layer.{i}.{part}" for i in range(tiny.LAYERS) for part in LAYER]
     assert sorted(names) == sorted(layers + LINEARS[task])
+
+
+def test_a_16_bit_checkpoint_gives_the_same_linear_layers(tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(tmp_path / "half")
+    stored = load_file(folder / "model.safetensors")
+    save_file({name: t.astype(np.float16) for name, t in stored.items()}, folder / "model.safetensors")
+    halved = simplified.simplified_from(folder, "token-classification").graphs["token-classification"].model
+    names = [node.name for group in linear_groups(halved) for node in group.nodes]
+    assert sorted(names) == sorted(n.name for g in linear_groups(graph("token-classification")) for n in g.nodes)
 
 
 def test_weights_lie_input_first_and_are_not_in_memory(model: ir.Model) -> None:
