@@ -142,12 +142,23 @@ def build(
 
 
 @app.command()
-def inspect(bundle_path: BundlePath, as_json: AsJson = False, verbose: Verbose = False) -> None:
+def inspect(
+    bundle_path: BundlePath,
+    engine: Annotated[
+        bool,
+        typer.Option("--engine", help="Show its engines instead: profiles, tensors, every layer with its formats."),
+    ] = False,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """Show a bundle: graphs, variants, sizes, and which operators run in which precision."""
     from medcompile import bundle, terminal
     from medcompile.verify import DID_NOT_RUN
 
     found = bundle.read(bundle_path)
+    if engine:
+        _tell_engines(found, as_json)
+        return
     layers = json.loads((found.root / "layers.json").read_bytes()) if "layers.json" in found.files else {}
     if as_json:
         typer.echo(json.dumps(_summary(found) | {"layers": layers}, indent=1))
@@ -292,6 +303,28 @@ def schema() -> None:
     from medcompile.recipe import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _tell_engines(found: Bundle, as_json: bool) -> None:
+    """Print what backends left beside their engines. Raises UsageError if none did."""
+    from medcompile import terminal
+
+    told = [(a, f"{found.folder_of(a)}/layers.json") for a in found.artifacts]
+    engines = [(a, json.loads((found.root / path).read_bytes())) for a, path in told if path in found.files]
+    if not engines:
+        there = ", ".join(sorted({a.target.name for a in found.artifacts}))
+        raise UsageError(
+            f"{found.name} holds no engine with a layer table; it is built for {there}",
+            fix=f"medcompile build --from {found.root} --targets tensorrt-rtx",
+        )
+    if as_json:
+        rows = ({"variant": a.variant, "target": a.target.name, "graph": a.graph} | engine for a, engine in engines)
+        typer.echo(json.dumps(list(rows), indent=1))
+        return
+    for a, engine in engines:
+        title = f"{a.variant} for {a.target.name}, {a.graph}: runs on {a.target.device} {a.target.arch}"
+        for table in terminal.engine_tables(engine, title):
+            terminal.console().print(table)
 
 
 def _tell_layers(found: Bundle, judged_on: Dataset, variant: str | None, as_json: bool) -> None:

@@ -179,6 +179,38 @@ def layer_table(layers: Mapping[str, Mapping[str, Sequence[Mapping[str, str]]]])
     return table
 
 
+def engine_tables(engine: Mapping[str, Any], title: str) -> Iterator[Table]:
+    """What a backend tells of an engine that it built (layers.json beside the plan): size, tensors, linear layers, and
+    every layer with its operands."""
+    plan, products = engine["plan"], Counter(engine["products"].values())
+    yield facts(
+        [
+            ("engine", title),
+            ("built by", engine["library"]),
+            ("plan", f"{plan['size_bytes'] / 1e6:.1f} MB, sha256 {plan['sha256']}"),
+            ("linear layers", ", ".join(f"{n} {f or 'not found'}" for f, n in sorted(products.items())) or "none"),
+            ("layers", str(len(engine["layers"]))),
+        ]
+    )
+    tensors = Table(title="inputs and outputs (-1: dynamic)", title_justify="left")
+    for name in ("tensor", "mode", "format", "shape", "profiles: smallest, usual, largest"):
+        tensors.add_column(name)
+    for t in engine["bindings"]:
+        profiles = "\n".join(", ".join(map(str, ends)) for ends in t.get("profiles", ()))
+        tensors.add_row(*map(Text, (t["name"], t["mode"], t["format"], str(t["shape"]), profiles)))
+    yield tensors
+    layers = Table(title="layers, in the order of execution", title_justify="left")
+    for name in ("kind", "inputs", "weights", "outputs"):
+        layers.add_column(name)
+    layers.add_column("computes", overflow="fold")
+    for row in engine["layers"]:
+        nodes = row["nodes"]
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        operands = ("\n".join(row[part]) for part in ("inputs", "weights", "outputs"))
+        layers.add_row(*map(Text, (row["kind"], *operands, f"{nodes[0]}{more}" if nodes else row["name"])))
+    yield layers
+
+
 def layer_error_table(rows: Sequence[LayerError], title: str) -> Table:
     """One row per layer: its relative error beside the running level; those that jump stand out."""
     table = Table(title=Text(title), title_justify="left")
