@@ -203,12 +203,15 @@ class Trial:
     ) -> Findings:
         """Run the artifact at path where this machine can, else the typed graph that it was built from, if given.
 
-        target: the artifact's. Raises BackendError if it can be loaded, and then does not run.
+        target: the artifact's. Raises BackendError if it was built for just this kind of machine and does not run.
         """
+        here: Target | None = None
         try:
             here = backend.probe(target.name)
             executor = backend.load(path, self.spec, variant, target, threads)
-        except BackendUnavailable as error:
+        except BackendError as error:
+            if here is not None and here.present and here == target:
+                raise  # not another machine, but a fault
             return self._run_graph(typed, str(error)) if typed else Findings((), None, NOT_VERIFIED, str(error))
         with executor:
             return Findings(self._judged(executor), latency_ms(executor, self.spec), here.verified_on)

@@ -39,11 +39,14 @@ class Device(Executor):
 
 @dataclass
 class FakeGpu:
-    """here: its device is in this machine. refuses: variants it can't take. noise: what it adds to answers."""
+    """here: its device is in this machine. refuses: variants it can't take. noise: what it adds to answers.
+    takes: what its engines are built for; misfit: the device does not take them all the same."""
 
     here: bool = False
     refuses: tuple[str, ...] = ()
     noise: float = 0.0
+    takes: str = "fk_80+"
+    misfit: bool = False
     name: str = "tensorrt"
     targets: tuple[str, ...] = (NAME,)
 
@@ -60,12 +63,14 @@ class FakeGpu:
             raise BackendError(f"it does not take {variant.name}", fix=f"leave out {variant.name}")
         (out / "engine.txt").write_text(str(onnx_path))
         return Built(
-            "engine.txt", Target(target.name, self.name, "gpu", "fk_80+", "linux", target.version), ("a note",)
+            "engine.txt", Target(target.name, self.name, "gpu", self.takes, "linux", target.version), ("a note",)
         )
 
     def load(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None) -> Executor:
         if not self.here:
             raise BackendUnavailable("no fake GPU in this machine", fix="plug one in")
+        if self.misfit:
+            raise BackendError("the library refuses it on fk_90", fix="build it for fk_90")
         return Device(path, spec, self.noise)
 
 

@@ -77,6 +77,24 @@ def test_a_graph_that_cannot_run_on_the_cpu_either_is_not_verified(
     assert any("nor does its graph run here" in note for note in bf16.notes)
 
 
+def test_an_engine_that_this_device_does_not_take_is_judged_by_its_graph(
+    small: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_device.install(monkeypatch, here=True, misfit=True)
+    for artifact in on_gpu(small.build(out=tmp_path / "out", overrides=[BOTH, "budget.cosine.max_drop=0.4"])).values():
+        assert artifact.verified_on == GRAPH_VERIFIED
+        assert any("the library refuses it on fk_90" in note for note in artifact.notes)
+
+
+def test_an_engine_for_just_this_device_that_does_not_load_is_a_failed_build(
+    small: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_device.install(monkeypatch, here=True, misfit=True, takes="fk_90", refuses=("x",))
+    with pytest.raises(BackendError, match="the library refuses it"):
+        small.build(out=tmp_path / "out", overrides=[BOTH])
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_and_the_evidence_table_tell_engines_from_graphs(built: Built) -> None:
     found, _ = built
     said = call("inspect", found.root).stdout
@@ -145,6 +163,7 @@ def test_verify_where_the_device_is_puts_its_evidence_into_the_bundle_once(built
     assert {f: s for f, s in after.files.items() if f != "evidence.json"} == {
         f: s for f, s in found.files.items() if f != "evidence.json"
     }
+    assert {f.stat().st_nlink for f in found.root.rglob("*") if f.is_file()} == {1}
     again = call("verify", found.root, "--json")
     assert again.exit_code == 0 and not any(r["renewed"] for r in json.loads(again.stdout))
     assert bundle.read(found.root).digest == after.digest
