@@ -47,7 +47,7 @@ def session(model: Path | bytes, weights: Path | None = None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    # A build shares its machine with other work, and threads that wait by spinning take the cores from it and each other.
+    # A build shares its machine with other work, and threads that wait by spinning take the cores from it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
