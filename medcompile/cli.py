@@ -243,7 +243,7 @@ def verify(
     if as_json:
         rows = ({"reason": r.reason, "made": r.made, "renewed": r.renewed} | _artifact(r.artifact) for r in repeated)
         typer.echo(json.dumps(list(rows), indent=1))
-    worse = [r.artifact for r in repeated if r.made and r.artifact.verdict != r.recorded]
+    worse = [r.artifact for r in repeated if r.made and r.recorded not in (None, r.artifact.verdict)]
     if not made or worse:
         names = ", ".join(f"{a.variant} on {a.target.name}: {a.verdict}" for a in worse) or "nothing could be run"
         raise MedcompileError(

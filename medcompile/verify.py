@@ -304,7 +304,7 @@ class Repeated:
     """An artifact with the evidence made here, and what the bundle recorded of it.
 
     made: False where nothing could be run here; the artifact is then as the bundle has it. reason: why it did not run
-    itself (its graph may have). renewed: it ran for the first time, which the bundle should know.
+    itself (its graph may have). renewed: it, or else its graph, ran for the first time: the bundle should know.
     """
 
     artifact: Artifact
@@ -361,13 +361,14 @@ def _again(bundle: Bundle, artifact: Artifact, trial: Trial, threads: int | None
     if found.verified_on == NOT_VERIFIED:
         return Repeated(artifact, artifact.verdict, made=False, reason=found.reason)
     again = replace(artifact, evidence=found.evidence, verified_on=found.verified_on, latency_ms=found.latency_ms)
-    if ran:
-        again = replace(again, notes=tuple(note for note in again.notes if not note.startswith(DID_NOT_RUN)))
-    return Repeated(again, artifact.verdict, reason=found.reason, renewed=ran and not artifact.ran)
+    notes = [note for note in artifact.notes if not note.startswith(DID_NOT_RUN)]
+    again = replace(again, notes=(*notes, *([] if ran else [f"{DID_NOT_RUN}{found.reason}"])))
+    first = (ran and not artifact.ran) or artifact.verified_on == NOT_VERIFIED
+    return Repeated(again, artifact.verdict, reason=found.reason, renewed=first)
 
 
 def renew(bundle: Bundle, repeated: Sequence[Repeated]) -> Bundle:
-    """Write the bundle anew with the evidence of artifacts that ran for the first time. Nothing else is changed.
+    """Write the bundle anew with the evidence of what ran for the first time. Nothing else is changed.
 
     Raises BundleError where its folder can't be written.
     """

@@ -84,6 +84,12 @@ def test_without_its_evaluation_data_an_artifact_carries_no_evidence_and_says_so
     assert {(a.verified_on, a.verdict, a.evidence) for a in added} == {(NOT_VERIFIED, None, ())}
     assert any("is not verified" in note for note in found.provenance["notes"])
     assert f"{NAME}, embed: not verified; it was not judged" in call("inspect", copy.bundle).stdout
+    done = call("verify", copy.bundle, "--data", copy.root / "calibration/held-out.yaml")  # where the data is
+    assert done.exit_code == 0, done.stderr
+    for artifact in bundle.read(copy.bundle).artifacts:
+        if artifact.target.name == NAME:
+            assert (artifact.verified_on, artifact.verdict) == (GRAPH_VERIFIED, "non-inferior")
+            assert artifact.notes[0] == "a note" and "no fake GPU" in artifact.notes[1]
 
 
 def test_other_data_is_refused_and_the_bundle_stays(copy: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
