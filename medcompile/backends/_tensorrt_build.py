@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medcompile.backends import _tensorrt_capability
 from medcompile.backends._tensorrt_job import LOG, ORDER, OUTCOME, PLAN, PROGRESS, TYPED, Job, Outcome
 from medcompile.resources import peak_rss_bytes
 
@@ -29,24 +30,31 @@ _ASK = 0xFFFFFFFF
 
 
 class _Refused(Exception):
-    """The library can't do what was asked. problems: in words."""
+    """The library can't do what was asked. problems: in words. unparsed: it is the graph that it does not take."""
 
-    def __init__(self, problems: Sequence[str], unknown: Sequence[str] = ()) -> None:
+    def __init__(self, problems: Sequence[str], unknown: Sequence[str] = (), unparsed: bool = False) -> None:
         super().__init__("; ".join(problems))
         self.problems = tuple(problems)
         self.unknown = tuple(unknown)
+        self.unparsed = unparsed
 
 
 def main(repeatable: bool) -> None:
-    """Build the job in the working folder. repeatable: addresses are fixed, so that another build gives the same."""
+    """Build the job in the working folder. repeatable: addresses are fixed, which most equal plans need."""
     job = Job(**json.loads(Path(ORDER).read_text(encoding="utf-8")))
     with Path(LOG).open("w", encoding="utf-8", buffering=1) as log:
         try:
             outcome = _build(job, log)
         except _Refused as error:
-            outcome = Outcome(False, error.problems, error.unknown)
+            outcome = Outcome(False, error.problems, error.unknown, unparsed=error.unparsed)
     unsure = () if repeatable else ("addresses are random here: another build may name its temporaries otherwise",)
     outcome = dataclasses.replace(outcome, notes=(*outcome.notes, *unsure), peak_rss_bytes=peak_rss_bytes())
+    _tell(outcome)
+    if outcome.unparsed:
+        _tell(dataclasses.replace(outcome, parts=_tensorrt_capability.parts(job.library, Path(TYPED) / job.graph)))
+
+
+def _tell(outcome: Outcome) -> None:
     Path(OUTCOME).write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
 
 
@@ -61,7 +69,7 @@ def _build(job: Job, log: Any) -> Outcome:
     if not parser.parse_from_file(f"{TYPED}/{job.graph}"):
         problems = [_told(parser.get_error(i)) for i in range(parser.num_errors)]
         unknown = [name for name in job.operators if not parser.supports_operator(name)]
-        raise _Refused(problems or messages.worst, unknown)
+        raise _Refused(problems or messages.worst, unknown, unparsed=True)
     config, notes = _configured(trt, builder, network, job)
     _say("building the engine")
     plan = builder.build_serialized_network(network, config)
@@ -180,6 +188,9 @@ def fix_addresses() -> bool:
     """Start this process anew without random addresses; True once it has none, False where the system forbids that.
 
     The library numbers what it makes in the order of its addresses, so that random ones give a plan other bytes.
+    Fixed ones are not enough for equal plans every time: builds that were slowed by a tracer at every system call
+    gave the same layers under other names of temporaries (some hundred bytes, in about one of five). One thread, one
+    core, one malloc arena, no thread cache and a stopped clock each left that as it was; the rest is not known.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "personality"):

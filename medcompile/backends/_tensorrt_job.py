@@ -61,7 +61,8 @@ class Job:
 class Outcome:
     """What came of a job. problems: why there is no plan, in the library's words with the node where it is known.
 
-    unknown: operators of the graph that the parser does not have. layers: the library's layer table.
+    unknown: operators of the graph that the parser does not have. unparsed: the parser did not take the graph; parts
+    are then those of _tensorrt_capability.py, if known. layers: the library's layer table.
     seconds: of parsing and building, without imports; peak_rss_bytes: of the process.
     """
 
@@ -72,6 +73,8 @@ class Outcome:
     layers: str = ""
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    unparsed: bool = False
+    parts: Sequence[Sequence[int]] = ()
 
 
 def run(job: Job, typed: Path, label: str, timeout_s: float, scratch: Path) -> Outcome:
@@ -120,8 +123,8 @@ def run(job: Job, typed: Path, label: str, timeout_s: float, scratch: Path) -> O
         ended.set()
         process.kill()
         process.wait()
-    if code == 0:
-        return Outcome(**json.loads((scratch / OUTCOME).read_text(encoding="utf-8")))
+    if (outcome := _outcome(scratch / OUTCOME)) is not None and (code == 0 or outcome.unparsed):
+        return outcome
     last = _last_lines(scratch / LOG, output)
     if code == -signal.SIGKILL and time.monotonic() - started >= timeout_s:
         raise BackendError(
@@ -134,6 +137,13 @@ def run(job: Job, typed: Path, label: str, timeout_s: float, scratch: Path) -> O
         if code == -signal.SIGKILL
         else "the lines above are the library's own; leave out this target or this variant",
     )
+
+
+def _outcome(file: Path) -> Outcome | None:
+    try:
+        return Outcome(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # it died before it wrote that, or while
+        return None
 
 
 def _command() -> list[str]:

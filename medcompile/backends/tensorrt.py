@@ -111,7 +111,7 @@ class TensorRtBackend:
         """Write out/engine.plan and out/layers.json. The plan runs on what Built.target.arch says."""
         engine = build_engine(onnx_path, spec, variant, target, out)
         products = f"linear layers: {engine.products}" if engine.products else "no linear layers"
-        unseen = () if target.present else ("built without a GPU here; not run yet",)
+        unseen = () if target.present else ("built without a GPU",)
         return Built(PLAN, replace(target, arch=engine.arch), (products, *engine.notes, *unseen))
 
     def load(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None) -> Executor:
@@ -270,11 +270,15 @@ def _check_graph(model: ir.Model, variant: Variant, what: str, target: str) -> N
 
 
 def _refused(outcome: Outcome, model: ir.Model, what: str, target: str) -> BackendError:
+    from medcompile.backends import _tensorrt_capability
+
     problems = [*outcome.problems]
     for operator in outcome.unknown:
         nodes = [node.name or "" for node in model.graph if node.op_type == operator]
         problems.append(f"operator {operator} is unknown to it (node {', '.join(nodes[:3])})")
-    lines = "".join(f"\n  {' '.join(problem.split())[:300]}" for problem in problems[:_SHOWN_LINES])
+    report = _tensorrt_capability.words(outcome.parts, [f"{node.name} ({node.op_type})" for node in model.graph])
+    problems = [*problems[:_SHOWN_LINES], *filter(None, [report])]
+    lines = "".join(f"\n  {' '.join(problem.split())[:300]}" for problem in problems)
     return BackendError(
         f"{what}:{lines}",
         fix=f"change what these lines name, or leave out target {target} or this variant"
@@ -307,7 +311,7 @@ def _write_layers(out: Path, target: Target, table: Mapping[str, Any]) -> None:
 
 
 def _check_machine(library: Library, version: str, target: Target, variant: Variant) -> None:
-    """Raises BackendError where the plan was built on another kind of system, or by another version of the library."""
+    """Raises BackendUnavailable where the plan was built on another kind of system, or by another version."""
     if target.os != _system():
         raise _misfit(library, target, f"on {target.os}, and this machine is {_system()}")
     compatible = variant.compute.get("version_compatible") is True
@@ -317,7 +321,10 @@ def _check_machine(library: Library, version: str, target: Target, variant: Vari
 
 
 def _check_plan(library: Library, trt: Any, path: Path, target: Target) -> None:
-    """Ask the library, without letting it read the plan as a plan, whether it would. Raises BackendError."""
+    """Ask the library, without letting it read the plan as a plan, whether it would.
+
+    Raises BackendUnavailable where it would on another machine, BackendError for a plan that is damaged.
+    """
     table = path.with_name(LAYERS)
     size = json.loads(table.read_text(encoding="utf-8"))["plan"]["size_bytes"] if table.is_file() else None
     plan = path.read_bytes()
@@ -351,8 +358,8 @@ def _check_plan(library: Library, trt: Any, path: Path, target: Target) -> None:
     raise _misfit(library, target, f"on {device.name} the library refuses it: {' and '.join(reasons) or said}")
 
 
-def _misfit(library: Library, target: Target, here: str) -> BackendError:
-    return BackendError(
+def _misfit(library: Library, target: Target, here: str) -> BackendUnavailable:
+    return BackendUnavailable(
         f"built by {library.words} {target.version} for {_capability(target.arch)}; {here}",
         fix=f"rebuild with: medcompile build --from <bundle> --targets {target.name}",
     )
