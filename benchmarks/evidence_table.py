@@ -40,7 +40,7 @@ def main() -> None:
         f"# {given.title}",
         "",
         *([given.note, ""] if given.note else []),
-        "| data | variant | target | metric | reference | value | difference | lower bound | flips | n | verdict | power |",
+        "| data | variant | target | metric | reference | value | difference | lower | flips | n | verdict | power |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row for path in given.bundles for row in rows(path)),
     ]

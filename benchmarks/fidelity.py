@@ -181,7 +181,7 @@ def main() -> None:
         "# Fidelity of int8 embeddings",
         "",
         f"all-MiniLM-L6-v2, {SENTENCES} sentences drawn from PubMedQA, MedQuAD and MTS-Dialog; cosine to torch fp32 of",
-        f"mean-pooled, normalized. Everything static is calibrated on {CALIBRATION} of the project's clinical",
+        f"mean-pooled, normalized vectors. Static ones are calibrated on {CALIBRATION} of the project's clinical",
         "notes, none of which comes from these corpora. Made by `benchmarks/fidelity.py`.",
         "",
         "| method | cosine, mean | worst | same nearest neighbour |",

@@ -11,9 +11,13 @@ the library would else decide by itself is named in the variant's compute settin
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import threading
@@ -44,11 +48,15 @@ class OpenVinoBackend:
         return Target(target, self.name, "cpu", platform.machine(), platform.system().lower(), version)
 
     def build(self, onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path) -> Built:
-        """Write out/model.xml and out/model.bin, which fit any CPU that OpenVINO runs on."""
+        """Write out/model.xml and out/model.bin, which fit any CPU that OpenVINO runs on, and what it compiled here.
+
+        model.blob is the compiled graph without the weights; model.machine says on which kind of CPU and by which
+        version it was made, and load() takes it on no other.
+        """
         from medcompile import onnx_files
         from medcompile.rewrites import openvino as dialect
 
-        library, settings = _library(), _settings(variant)
+        openvino, settings = _library(), _settings(variant)
         notes = [f"{name}={value}" for name, value in settings.items()]
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             if variant.dynamic:
@@ -60,12 +68,13 @@ class OpenVinoBackend:
                     f"{count} products round activations per token and dynamic_group, the typed graph per token"
                 )
             try:
-                model = library.Core().read_model(onnx_path)
+                model = openvino.Core().read_model(onnx_path)
                 # Nameless constants are numbered through the life of the process; the file must not tell its age.
                 for index, op in enumerate(model.get_ordered_ops()):
                     if re.fullmatch(rf"{op.get_type_name()}_\d+", op.get_friendly_name()):
                         op.set_friendly_name(f"{op.get_type_name()}/{index}")
-                library.save_model(model, out / "model.xml", compress_to_fp16=False)
+                openvino.save_model(model, out / "model.xml", compress_to_fp16=False)
+                _compile_here(openvino.Core(), settings, out)
             except RuntimeError as error:
                 raise BackendError(
                     f"OpenVINO {target.version} refuses graph {spec.name} of variant {variant.name}: {_reason(error)}",
@@ -78,30 +87,76 @@ class OpenVinoBackend:
     ) -> OpenVinoExecutor:
         core = _library().Core()
         settings = _settings(variant)
-        hint, capability = _FLOATS[str(settings["float"])]
-        if capability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if _FLOATS[str(settings["float"])][1] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise BackendError(
                 f"variant {variant.name} computes in {settings['float']}, which this CPU does not have",
                 fix="load another variant, or build one with compute.float: float32",
             )
+        config = _config(settings, threads or len(os.sched_getaffinity(0)))
         try:
-            compiled = core.compile_model(
-                path,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": hint,
-                    "DYNAMIC_QUANTIZATION_GROUP_SIZE": settings["dynamic_group"],
-                    "NUM_STREAMS": settings["streams"],
-                    "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
-                    "ENABLE_CPU_PINNING": False,  # pinned threads of two processes fight over one core
-                },
-            )
+            compiled = _compiled_before(core, path, config) or core.compile_model(path, "CPU", config)
         except RuntimeError as error:
             raise BackendError(
                 f"OpenVINO refuses {path.name} of graph {spec.name}: {_reason(error)}",
                 fix="build the bundle again with this version of openvino",
             ) from error
         return OpenVinoExecutor(compiled, spec)
+
+
+def _config(settings: Mapping[str, Scalar], threads: int) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": _FLOATS[str(settings["float"])][0],
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": settings["dynamic_group"],
+        "NUM_STREAMS": settings["streams"],
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # pinned threads of two processes fight over one core
+    }
+
+
+def _compile_here(core: ov.Core, settings: Mapping[str, Scalar], out: Path) -> None:
+    """Leave the compiled graph beside the model where this CPU has the variant's float format."""
+    if _FLOATS[str(settings["float"])][1] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return
+    # OpenVINO numbers what it makes through the life of a process: only a fresh one gives the same bytes every time.
+    job = json.dumps({"folder": str(out), "config": _config(settings, 1)})
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", __name__], input=job, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    (out / "model.machine").write_text(_machine(core, out / "model.xml"), encoding="utf-8")
+
+
+def _compile_job() -> None:
+    """What the fresh process does: model.xml in the folder named on standard input becomes model.blob beside it."""
+    job = json.load(sys.stdin)
+    folder = Path(job["folder"])
+    config = {**job["config"], "CACHE_MODE": "OPTIMIZE_SIZE"}
+    blob = _library().Core().compile_model(folder / "model.xml", "CPU", config).export_model()
+    (folder / "model.blob").write_bytes(blob if isinstance(blob, bytes) else blob.getvalue())
+
+
+def _compiled_before(core: ov.Core, path: Path, config: Mapping[str, Any]) -> ov.CompiledModel | None:
+    """The graph as it was compiled when the bundle was built, if that was on this kind of CPU by this version."""
+    blob, machine = path.with_suffix(".blob"), path.with_suffix(".machine")
+    if not blob.is_file() or not machine.is_file() or machine.read_text(encoding="utf-8") != _machine(core, path):
+        return None
+    weights = {"CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(path.with_suffix(".bin"))}
+    try:
+        compiled: ov.CompiledModel = core.import_model(blob.read_bytes(), "CPU", {**config, **weights})
+    except RuntimeError:  # the library knows best whether it can use it; compiling anew gives the same answers
+        return None
+    return compiled
+
+
+def _machine(core: ov.Core, model: Path) -> str:
+    """Everything that compiled code depends on: the library's build, the CPU with its instruction sets, the graph."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features"))), "")
+    graph = hashlib.sha256(model.read_bytes()).hexdigest()
+    return "\n".join([_library().get_version(), core.get_property("CPU", "FULL_DEVICE_NAME"), flags, graph]) + "\n"
 
 
 class OpenVinoExecutor(Executor):
@@ -171,3 +226,6 @@ def _reason(error: Exception) -> str:
 
 
 BACKEND = OpenVinoBackend()
+
+if __name__ == "__main__":
+    _compile_job()

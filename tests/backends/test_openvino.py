@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("openvino", reason="the openvino extra is not installed")
 
 from medcompile import backends
+from medcompile.backends import openvino
 from medcompile.errors import BackendError, BackendUnavailable
 from medcompile.spec import Variant
 from tests import graphs
@@ -31,6 +32,33 @@ def test_every_setting_is_named_even_where_the_variant_is_silent(tmp_path: Path)
     assert built.notes == ("float=float32", "dynamic_group=0", "streams=1")
     _, built = _run(Variant("two", compute={"streams": 2}), tmp_path / "b")
     assert built.notes == ("float=float32", "dynamic_group=0", "streams=2")
+
+
+@pytest.mark.parametrize("name", ["fp32", "dynamic"])
+def test_what_was_compiled_at_build_answers_as_what_is_compiled_at_load(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = _run(graphs.VARIANTS[name], tmp_path)
+    out = tmp_path / "out"
+    assert (out / "model.blob").stat().st_size < (out / "model.bin").stat().st_size + 2**20
+    used = []
+    before = openvino._compiled_before
+    monkeypatch.setattr(openvino, "_compiled_before", lambda *a: used.append(before(*a)) or used[-1])
+    for machine in ((out / "model.machine").read_text(), "another CPU\n"):
+        (out / "model.machine").write_text(machine)
+        with BACKEND.load(
+            out / "model.xml", graphs.SPEC, graphs.VARIANTS[name], BACKEND.probe("openvino-cpu"), 1
+        ) as executor:
+            np.testing.assert_array_equal(executor.run(graphs.feeds(4, 24))["embedding"], result)
+    assert used[0] is not None, "the compiled graph of this very machine is used"
+    assert used[1] is None, "that of another is not"
+
+
+def test_a_damaged_compiled_graph_is_compiled_anew(tmp_path: Path) -> None:
+    result, built = _run(graphs.VARIANTS["fp32"], tmp_path)
+    (tmp_path / "out" / "model.blob").write_bytes(b"no compiled graph")
+    with BACKEND.load(tmp_path / "out/model.xml", graphs.SPEC, graphs.VARIANTS["fp32"], built.target, 1) as executor:
+        np.testing.assert_array_equal(executor.run(graphs.feeds(4, 24))["embedding"], result)
 
 
 def test_fp32_is_fp32(tmp_path: Path) -> None:
