@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from medcompile.backends import Executor, check_feeds
 from medcompile.backends._cuda import Cuda, open_cuda
 from medcompile.backends._tensorrt_lane import Lane
-from medcompile.errors import BackendError
+from medcompile.errors import BackendError, BackendUnavailable
 from medcompile.spec import GraphSpec, Profile, TensorSpec
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _DTYPES = {
 def load_engine(plan: Path, spec: GraphSpec, library: ModuleType, cuda: Cuda | None = None) -> TensorRtExecutor:
     """Deserialize the plan with that library (tensorrt or tensorrt_rtx) on the first visible device.
 
-    Raises BackendUnavailable without CUDA, BackendError for a plan that the library refuses or that is not spec's.
+    Raises BackendUnavailable without CUDA or for a plan that the library refuses, BackendError for one not of spec.
     """
     cuda = cuda or open_cuda()
     return TensorRtExecutor(Engine(plan, spec, library, cuda), cuda)
@@ -129,7 +129,7 @@ class Engine:
         self._runtime = library.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
-            raise BackendError(
+            raise BackendUnavailable(
                 f"{library.__name__} {library.__version__} cannot load {plan.name} on {device.name} "
                 f"(compute capability {'.'.join(map(str, device.compute_capability))}): {self._log.said()}",
                 fix=_REBUILD,

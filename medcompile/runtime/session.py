@@ -67,11 +67,11 @@ class Session:
     bundle: its facts, digest included. variant, target: what was chosen.
     """
 
-    def __init__(self, loaded: Bundle, choice: Choice, backend: Backend, threads: int | None) -> None:
+    def __init__(self, loaded: Bundle, choice: Choice, executors: _Executors) -> None:
         self.bundle = loaded
         self.variant = choice.variant
         self.target = choice.target
-        self._executors = _Executors(loaded, choice, backend, threads)
+        self._executors = executors
         loaded.check(loaded.under("assets"))
         labels = read_json(loaded.root / loaded.assets["labels"], list) if "labels" in loaded.assets else []
         self.encoder = Encoder(
@@ -121,7 +121,7 @@ def load(path: str | os.PathLike[str], backend: str = AUTO, variant: str = AUTO,
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads}; it must be at least 1", fix="leave it out to use every core")
     loaded = bundle.read(path, check=False)
-    choice, engine = _available(_rank(loaded, _candidates(loaded, backend, variant)), loaded)
+    choice, executors = _available(_rank(loaded, _candidates(loaded, backend, variant)), loaded, threads)
     if not choice.eligible:
         verdicts = ", ".join(f"{n}: {a.verdict or 'no evidence'}" for n, a in sorted(choice.artifacts.items()))
         log.warning(
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike[str], backend: str = AUTO, variant: str = AUTO,
             choice.target.name,
             verdicts,
         )
-    return Session(loaded, choice, engine, threads)
+    return Session(loaded, choice, executors)
 
 
 class _Executors(Mapping[str, Executor]):
@@ -161,6 +161,10 @@ class _Executors(Mapping[str, Executor]):
                     self._threads,
                 )
             return self._open[graph]
+
+    def load(self) -> None:
+        for graph in self:
+            self[graph]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._choice.artifacts)
@@ -230,12 +234,14 @@ def _rank(loaded: Bundle, choices: Iterable[Choice]) -> list[Choice]:
     return sorted(choices, key=key)
 
 
-def _available(ranked: list[Choice], loaded: Bundle) -> tuple[Choice, Backend]:
+def _available(ranked: list[Choice], loaded: Bundle, threads: int | None) -> tuple[Choice, _Executors]:
     """The first choice whose backend works here. Libraries are imported in that order only, because imports are slow.
 
     Latencies timed on another kind of machine don't count: once a target turns out to be one, its choices are ranked
-    again without them. Raises BackendUnavailable with every reason and fix.
+    again without them. What was built for a device may not fit the one that is here, so it is loaded before it is
+    chosen. Raises BackendUnavailable with every reason and fix.
     """
+    unfit: dict[str, BackendUnavailable] = {}
     here: dict[str, Target | BackendUnavailable] = {}
     waiting = list(ranked)
     while waiting:
@@ -250,8 +256,18 @@ def _available(ranked: list[Choice], loaded: Bundle) -> tuple[Choice, Backend]:
         if choice.latency_ms is not None and not choice.timed_on(target):
             waiting = _rank(loaded, [_untimed(c) if c.target.name == name else c for c in (choice, *waiting)])
             continue
-        return choice, backend
-    reasons = [f"{name}: {error}" for name, error in here.items()]
+        executors = _Executors(loaded, choice, backend, threads)
+        try:
+            if target.device != "cpu":
+                executors.load()
+        except BackendUnavailable as error:
+            executors.close()
+            unfit[f"{choice.variant.name} for {name}"] = error
+            log.info("%s: variant %s for %s is passed over: %s", loaded.name, choice.variant.name, name, error.message)
+            continue
+        return choice, executors
+    missing = {name: error for name, error in here.items() if isinstance(error, BackendUnavailable)}
+    reasons = [f"{name}: {error}" for name, error in {**missing, **unfit}.items()]
     raise BackendUnavailable(
         f"{loaded.name}: nothing on this machine can run it\n" + "\n".join(reasons),
         fix="do one of the above, or rebuild the bundle for a target that `medcompile doctor` finds here",

@@ -264,7 +264,7 @@ def test_a_plan_of_another_version_says_both_and_how_to_rebuild(
 ) -> None:
     _library(monkeypatch, version="1.8.0")
     _gpu(monkeypatch, (8, 9))
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         _load(_plan(tmp_path))
     words = "built by TensorRT-RTX 1.7.1 for compute capability 8.0 and later; this machine has TensorRT-RTX 1.8.0"
     assert caught.value.message == words
@@ -273,7 +273,7 @@ def test_a_plan_of_another_version_says_both_and_how_to_rebuild(
 
 def test_a_plan_of_another_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _library(monkeypatch)
-    with pytest.raises(BackendError, match="on windows-amd64, and this machine is linux"):
+    with pytest.raises(BackendUnavailable, match="on windows-amd64, and this machine is linux"):
         _load(_plan(tmp_path), dataclasses.replace(BUILT, os="windows-amd64"))
 
 
@@ -283,7 +283,7 @@ def test_a_gpu_that_is_too_old_is_named(
 ) -> None:
     _library(monkeypatch)
     _gpu(monkeypatch, capability)
-    with pytest.raises(BackendError) as caught:
+    with pytest.raises(BackendUnavailable) as caught:
         _load(_plan(tmp_path), dataclasses.replace(BUILT, arch=arch))
     assert f"this machine has compute capability {capability[0]}.{capability[1]} (A GPU)" in caught.value.message
 
@@ -297,6 +297,7 @@ def test_every_diagnosis_of_the_library_is_put_in_words(
     with pytest.raises(BackendError, match=tensorrt._DIAGNOSES[name]) as caught:
         _load(_plan(tmp_path))
     assert caught.value.fix
+    assert isinstance(caught.value, BackendUnavailable) == (name != "MALFORMED_ENGINE")
 
 
 def test_a_cut_plan_says_how_much_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

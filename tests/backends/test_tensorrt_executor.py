@@ -20,7 +20,7 @@ import pytest
 from medcompile.backends import _cuda, _tensorrt_executor, _tensorrt_lane
 from medcompile.backends._tensorrt_executor import LANES, TensorRtExecutor, load_engine
 from medcompile.backends._tensorrt_lane import GRAPHS, REPEATS
-from medcompile.errors import BackendError, InputError, ProfileError
+from medcompile.errors import BackendError, BackendUnavailable, InputError, ProfileError
 from medcompile.spec import Axis, GraphSpec, Profile, TensorSpec
 from tests.backends import fake_tensorrt
 from tests.backends.fake_cuda import LIVING, FakeCuda, Fault
@@ -386,7 +386,9 @@ def test_a_lane_that_failed_is_not_used_again_and_its_place_is_free(executor: Te
 
 def test_a_plan_that_the_library_refuses_is_told_in_its_words_with_the_device(fake: Fake, tmp_path: Path) -> None:
     (tmp_path / "engine.plan").write_bytes(b"garbage")
-    with pytest.raises(BackendError, match=r"fake_tensorrt 99.1 cannot load engine.plan on Fake H100 .*9\.0.*magicTag"):
+    with pytest.raises(
+        BackendUnavailable, match=r"fake_tensorrt 99.1 cannot load engine.plan on Fake H100 .*9\.0.*magicTag"
+    ):
         load_engine(tmp_path / "engine.plan", SPEC, fake.library(), fake.cuda)
     with pytest.raises(BackendError, match="cannot be read") as caught:
         load_engine(tmp_path / "none.plan", SPEC, fake.library(), fake.cuda)
@@ -412,7 +414,7 @@ def test_an_engine_that_is_not_the_graphs_is_refused_with_the_first_difference(f
 def test_the_real_library_refuses_garbage_in_its_own_words(tmp_path: Path) -> None:
     library = pytest.importorskip("tensorrt_rtx", reason='pip install "medcompile[rtx]"')
     (tmp_path / "engine.plan").write_bytes(b"garbage" * 40)
-    with pytest.raises(BackendError, match=r"tensorrt_rtx .* cannot load engine\.plan .*magicTag"):
+    with pytest.raises(BackendUnavailable, match=r"tensorrt_rtx .* cannot load engine\.plan .*magicTag"):
         load_engine(tmp_path / "engine.plan", SPEC, library, FakeCuda())
 
 

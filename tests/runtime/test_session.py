@@ -133,6 +133,20 @@ def test_a_missing_library_is_passed_over(tmp_path: Path, fake: dict[str, FakeBa
         chosen(tmp_path / "b", *every, backend="other")
 
 
+def test_an_engine_that_does_not_fit_the_device_here_is_passed_over(
+    tmp_path: Path, fake: dict[str, FakeBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> FakeExecutor:
+        raise BackendUnavailable("built for another GPU", fix="rebuild it here")
+
+    fake["other"].here = replace(OTHER, device="cuda")
+    monkeypatch.setattr(fake["other"], "load", refuse)
+    every = [artifact("int8", GOOD, 1.0, target=replace(OTHER, device="cuda")), artifact("fp32", None, 9.0)]
+    assert chosen(tmp_path / "b", *every) == ("fp32", "fake-cpu")
+    with pytest.raises(BackendUnavailable, match="int8 for other-cpu: built for another GPU\n  fix: rebuild it here"):
+        chosen(tmp_path / "b", *every, backend="other")
+
+
 def test_with_no_library_at_all_the_error_lists_every_fix(tmp_path: Path, fake: dict[str, FakeBackend]) -> None:
     for name, backend in fake.items():
         backend.here = BackendUnavailable(f"{name} is not installed", fix=f'pip install "medcompile[{name}]"')
