@@ -103,3 +103,21 @@ def test_a_bundle_without_it_gets_the_same_engine_later(built: Workshop, tmp_pat
 def test_inspect_engine_of_a_bundle_without_one_says_how_to_get_it(small: Workshop) -> None:
     done = call("inspect", small.bundle, "--engine")
     assert done.exit_code == 2 and "medcompile build --from" in done.stderr
+
+
+def test_float8_and_int4_go_through_the_whole_build(built: Workshop, tmp_path: Path) -> None:
+    variants = {
+        "fp32": {},
+        "fp8": {"float": "float16", "weights": "float8", "activations": "float8"},
+        "int4": {"float": "float16", "weights": "int4", "block_size": 16},
+    }
+    document = tiny.recipe(name="low", variants=variants, targets=[TARGET])
+    recipe = tiny.write_recipe(built.root, document)
+    found = built.build(path=recipe, out=tmp_path / "low")
+    made = engines(found)
+    assert set(made) == set(variants)
+    products = {"fp8": "12 float8 x float8", "int4": "12 float16 x int4"}
+    for variant, formats in products.items():
+        artifact = made[variant]
+        assert f"linear layers: {formats}" in artifact.notes
+        assert artifact.verified_on == GRAPH_VERIFIED or artifact.ran
