@@ -188,9 +188,9 @@ def fix_addresses() -> bool:
     """Start this process anew without random addresses; True once it has none, False where the system forbids that.
 
     The library numbers what it makes in the order of its addresses, so that random ones give a plan other bytes.
-    Fixed ones are not enough for equal plans every time: builds that were slowed by a tracer at every system call
-    gave the same layers under other names of temporaries (some hundred bytes, in about one of five). One thread, one
-    core, one malloc arena, no thread cache and a stopped clock each left that as it was; the rest is not known.
+    Fixed ones are not enough for equal plans every time: of 60 builds that a tracer slowed at every system call, 19
+    gave some temporaries other names (up to 400 bytes; the same layers). max_threads = 1, one core, one malloc arena,
+    no thread cache and a stopped clock, alone and together, did not end that; the cause is not known.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "personality"):
