@@ -16,7 +16,7 @@ from medcompile.spec import NOT_VERIFIED, Artifact, GraphSpec, Margin, Target, V
 from medcompile.steps import Step, Steps
 from medcompile.verify import DID_NOT_RUN, Trial
 
-_ARTIFACT_VERSION = 2
+_ARTIFACT_VERSION = 3
 _EVIDENCE_VERSION = 2
 
 
