@@ -331,4 +331,4 @@ class LowestValue:
         return 0.0, float(above) - self.value
 
     def power(self, margin: float, alpha: float, growth: float = 1.0) -> float:
-        raise NotImplementedError("an extreme is reported, not judged")
+        raise AssertionError("an extreme is reported, not judged")
