@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from medcompile.passes import edits
+
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
@@ -51,15 +53,8 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
     """The initializer called name, registered with array if there is none yet."""
-    import onnx_ir as ir
-
     found = model.graph.initializers.get(name)
-    if found is not None:
-        return found
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
+    return edits.constant(model, name, array) if found is None else found
 
 
 def insert(
