@@ -213,6 +213,12 @@ class TextAssets:
             windows.append(Window(item, ids, types, start, len(head[0]), (cuts[i], cuts[i + 1])))
         return windows
 
+    def first_window(self, item: int, tokens: Tokens, length: int) -> Window:
+        """One window of at most length ids with a text's first tokens: how a tokenizer that truncates cuts it."""
+        room = length - self._single.size
+        cut = Tokens(tokens.ids[:room], tokens.offsets[:room], tokens.words[:room])
+        return self.windows(item, cut, length)[0]
+
     def batches(
         self, spec: GraphSpec, windows: Sequence[Window], extra: Mapping[str, Array] | None = None
     ) -> Iterator[Batch]:
