@@ -21,8 +21,9 @@ import numpy as np
 from medcompile.metrics.intervals import RESAMPLES as REAL_RESAMPLES
 from medcompile.metrics.intervals import resampled_totals
 from medcompile.metrics.judge import verdict
+from medcompile.metrics.material import per_unit
 from medcompile.metrics.samples import PairedFlips, PairedTotals, UnitTotals
-from medcompile.metrics.tasks import COSINE_RESOLUTION, per_unit
+from medcompile.metrics.tasks import COSINE_RESOLUTION
 from medcompile.spec import Margin, Verdict
 
 RESAMPLES = 1_000

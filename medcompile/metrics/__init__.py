@@ -7,39 +7,48 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medcompile.errors import UsageError
+from medcompile.metrics.check import check_same_items
 from medcompile.metrics.judge import judge
-from medcompile.metrics.tasks import (
-    ITEM,
-    METRICS,
-    RECALL_DEPTHS,
-    REPORTED,
-    Material,
-    Metric,
-    MissingMaterial,
-    Predictions,
-    check_same_items,
-)
-from medcompile.spec import Evidence, Margin
+from medcompile.metrics.material import Material, MissingMaterial, Predictions, label_names, label_of, partner_ranks
+from medcompile.metrics.tasks import ITEM, METRICS, MOST_LABELS, RECALL_DEPTHS, Metric
+from medcompile.spec import Evidence, Margin, Verdict
 
-__all__ = ["Predictions", "evaluate", "is_metric", "metric_names"]
+__all__ = ["Predictions", "check_names", "evaluate", "is_metric", "metric_names", "partner_ranks"]
 
 
 def metric_names(task: str) -> tuple[str, ...]:
-    """What a budget may name for a task; "recall@k" stands for recall@1, recall@5 and so on. Raises UsageError."""
+    """What a budget may name for a task: "recall@k" stands for recall@1, recall@5 and so on, "recall[label]" for the
+    recall of any one label. Raises UsageError."""
     if task not in METRICS:
         raise UsageError(f"no metrics are known for task {task!r}", fix=f"use one of {', '.join(METRICS)}")
     return tuple(METRICS[task])
 
 
 def is_metric(task: str, name: str) -> bool:
-    """True where a budget may name this metric for this task."""
+    """True where a budget may name this metric for this task, if the model has the label that it names."""
     return _metric(task, name) is not None
+
+
+def check_names(task: str, names: Iterable[str], labels: Sequence[str]) -> None:
+    """Raise UsageError for a metric that the task lacks, or one of a label that the model lacks."""
+    known = label_names(task, labels)
+    for name in names:
+        label = label_of(name)
+        if not is_metric(task, name):
+            near = difflib.get_close_matches(name, metric_names(task), n=1, cutoff=0.4)
+            fix = (f"did you mean {near[0]}? " if near else "") + f"{task} knows {', '.join(metric_names(task))}"
+            raise UsageError(f"task {task} has no metric {name!r} that a budget can name", fix=fix)
+        if label is not None and label not in known:
+            near = difflib.get_close_matches(label, known, n=1, cutoff=0.4)
+            fix = (f"did you mean {near[0]}? " if near else "") + f"the labels are {', '.join(known) or 'none'}"
+            raise UsageError(f"metric {name}: there is no label {label!r}", fix=fix)
 
 
 def evaluate(
@@ -53,47 +62,64 @@ def evaluate(
 ) -> tuple[Evidence, ...]:
     """Test the candidate against the reference on the same items, metric by metric.
 
-    gold: the right answers, shaped like Predictions.values, or None. units: the document of each item (None for an
-    item that stands alone); items of one document are not taken as independent. labels: label names, index = id.
+    gold: the right answers, shaped like Predictions.values, or None; for image and text the class of every image.
+    units: the document of each item (None for an item that stands alone); items of one document are not taken as
+    independent. labels: label names, index = id; for image and text the classes of Predictions.scores.
     Returns the evidence of every margin, in their order, then of the task's other metrics, which are not judged.
-    Raises UsageError for a metric that the task lacks, DataError where predictions do not match or a margin asks for
-    what the data can't tell.
+    A candidate that answers with NaN or Inf anywhere is inferior by every margin.
+    Raises UsageError for a metric or label that the task lacks, DataError where predictions do not match or a margin
+    asks for what the data can't tell.
     """
-    known = metric_names(task)
+    check_names(task, [margin.metric for margin in margins], labels)
     documents = units is not None and any(unit is not None for unit in units)
-    material = Material(reference, candidate, gold, _unit_index(units, len(reference.values)), labels)
-    for margin in margins:
-        if not is_metric(task, margin.metric):
-            raise _unknown(task, margin.metric)
-    check_same_items(task, material)
+    items = _items(task, reference, gold) if units is None else len(units)
+    material = Material(task, reference, candidate, gold, _unit_index(units, items), labels)
+    check_same_items(material)
 
-    unit = "document" if documents else ITEM.get(task, "item")
-    evidence = []
-    for margin in margins:
-        metric = _metric(task, margin.metric)
+    def judged(name: str, margin: Margin | None) -> Evidence:
+        metric = _metric(task, name)
         assert metric is not None
-        sample = metric(margin.metric, material)
-        evidence.append(judge(sample, margin, metric=margin.metric, unit=unit, graph=task))
-    judged = {margin.metric for margin in margins}
-    others = [n for name in known for n in (_depths(name) if name.endswith("@k") else (name,)) if n not in judged]
-    for name in [*others, *REPORTED.get(task, {})]:
-        metric = _metric(task, name) or REPORTED[task][name]
+        text = task == "text" and name.startswith("cosine")  # of the texts, which belong to no document
+        unit = "text" if text else "document" if documents else ITEM.get(task, "item")
+        return judge(metric(name, material), margin, metric=name, unit=unit, graph=task)
+
+    evidence = [judged(margin.metric, margin) for margin in margins]
+    if material.broken:
+        note = f"{material.broken} answers hold NaN or Inf"
+        evidence = [replace(e, verdict=Verdict.INFERIOR, note=note) for e in evidence]
+    for name in _reported(task, labels):
         try:
-            sample = metric(name, material)
+            if name not in {margin.metric for margin in margins}:
+                evidence.append(judged(name, None))
         except MissingMaterial:
             continue
-        evidence.append(judge(sample, None, metric=name, unit=unit, graph=task))
     return tuple(evidence)
 
 
 def _metric(task: str, name: str) -> Metric | None:
     if name.endswith("@k"):
         return None
-    return METRICS.get(task, {}).get(re.sub(r"@[1-9][0-9]*$", "@k", name))
+    return METRICS.get(task, {}).get(re.sub(r"\[.+\]$", "[label]", re.sub(r"@[1-9][0-9]*$", "@k", name)))
 
 
-def _depths(name: str) -> tuple[str, ...]:
-    return tuple(name[:-1] + str(depth) for depth in RECALL_DEPTHS)
+def _reported(task: str, labels: Sequence[str]) -> list[str]:
+    """The task's metrics, with numbers and labels filled in."""
+    known = label_names(task, labels)
+    names: list[str] = []
+    for name in METRICS[task]:
+        if name.endswith("@k"):
+            names += [name[:-1] + str(depth) for depth in RECALL_DEPTHS]
+        elif not name.endswith("[label]"):
+            names.append(name)
+        elif 1 < len(known) <= MOST_LABELS:
+            names += [name.replace("[label]", f"[{label}]") for label in known]
+    return names
+
+
+def _items(task: str, reference: Predictions, gold: Sequence[object] | NDArray[np.generic] | None) -> int:
+    """How many items there are. The values of the task text are of texts; its items are images, which others tell."""
+    about = (gold, reference.scores, reference.image_to_text, reference.text_to_image)
+    return next((len(a) for a in about if a is not None), 0) if task == "text" else len(reference.values)
 
 
 def _unit_index(units: Sequence[Hashable | None] | None, items: int) -> NDArray[np.int64]:
@@ -103,13 +129,3 @@ def _unit_index(units: Sequence[Hashable | None] | None, items: int) -> NDArray[
     numbers: dict[Hashable, int] = {}
     keys = [("alone", i) if unit is None else ("document", unit) for i, unit in enumerate(units)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-
-
-def _unknown(task: str, name: str) -> UsageError:
-    names = metric_names(task)
-    if name in REPORTED.get(task, {}):
-        fix = f"{name} is always reported, but an extreme has no bound to judge by; budget one of {', '.join(names)}"
-    else:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        fix = (f"did you mean {near[0]}? " if near else "") + f"{task} knows {', '.join(names)}"
-    return UsageError(f"task {task} has no metric {name!r} that a budget can name", fix=fix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medcompile.metrics.samples import Sample
+from medcompile.metrics.samples import LowestValue, Sample
 from medcompile.spec import Evidence, Margin, Verdict
 
 _POWER = 0.8
@@ -49,7 +49,9 @@ def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, grap
     note = ""
     if margin:
         outcome, note = verdict(sample, margin)
-        if margin.max_drop > 0:
+        if isinstance(sample, LowestValue):
+            note = sample.unseen(confidence, unit)
+        elif margin.max_drop > 0:
             power = sample.power(margin.max_drop, alpha)
             needed = samples_for_power(sample, margin.max_drop, alpha)
     return Evidence(

@@ -203,6 +203,7 @@ class UnitTotals:
 class PairedTotals:
     """A metric that is a function of totals: score(common [..., c], model [..., m]) -> [...].
 
+    largest: the most that one item can move the score; None where all weigh alike, score / samples.
     resolution: differences below it are rounding, and no interval is narrower than it on either side (0 for metrics
     made of decisions, where too few events switch to counting events instead).
     """
@@ -213,6 +214,7 @@ class PairedTotals:
     events: float = math.inf
     discordant: int | None = None
     resolution: float = 0.0
+    largest: float | None = None
 
     def _scores(self, totals: Floats) -> tuple[Floats, Floats]:
         c = self.totals.common.shape[1]
@@ -260,7 +262,9 @@ class PairedTotals:
         common, candidate = self.totals.common.sum(axis=0), self.totals.candidate.sum(axis=0)
         restored = self.score(common, candidate - self.totals.candidate + self.totals.reference)
         shifts = self.score(common, candidate) - restored
-        expected = max(self.reference, 1e-9) / math.sqrt(self.units * max(self.samples, self.units))
+        items = max(self.samples, self.units)
+        largest = max(self.reference, 1e-9) / items if self.largest is None else self.largest
+        expected = largest * math.sqrt(items / self.units)
         first, second, third = (float((np.abs(shifts) ** k).sum()) + _PRIOR_UNITS * expected**k for k in (1, 2, 3))
         share = second / first / (third / second) ** 2
         losses, gains = float(-shifts[shifts < 0].sum()), float(shifts[shifts > 0].sum())
@@ -292,11 +296,10 @@ class PairedTotals:
 
 @dataclass(frozen=True)
 class LowestValue:
-    """The worst of many values, for reports: an extreme has no confidence bound, but a low quantile has one.
+    """The worst of many values. An extreme has no confidence bound, so that what was seen is all that is judged.
 
-    lowest: the worst value of each unit. The lower bound is the worst value seen: with 97.5 % confidence at most
-    `share` of all units lie below it; the upper bound is an order statistic for that same quantile. It can't be
-    budgeted, because the share shrinks as items are added. Source: David and Nagaraja 2003, section 7.1.
+    lowest: the worst value of each unit. What follows for units not seen is said beside it: the distribution-free
+    tolerance bound of Wilks 1941 (David and Nagaraja 2003, section 7.2).
     """
 
     lowest: Floats
@@ -306,10 +309,6 @@ class LowestValue:
     events: float = math.inf
 
     @property
-    def share(self) -> float:
-        return float(1.0 - 0.025 ** (1.0 / self.units))
-
-    @property
     def value(self) -> float:
         return float(self.lowest.min())
 
@@ -317,18 +316,16 @@ class LowestValue:
     def units(self) -> int:
         return len(self.lowest)
 
+    def unseen(self, confidence: float, unit: str) -> str:
+        """What the worst one seen says of others like it. unit: what a unit is called."""
+        share = 1.0 - (1.0 - confidence) ** (1.0 / self.units)
+        return f"with {100 * confidence:g} % confidence, at most {100 * share:.2g} % of such {unit}s are worse"
+
     def method(self) -> str:
-        return f"order statistic: at most {100 * self.share:.2g} % of units below the lowest (97.5 % confidence)"
+        return "the worst one seen; an extreme has no bound"
 
     def widths(self, alpha: float) -> tuple[float, float]:
-        rank, term = 0, (1.0 - self.share) ** self.units
-        reached = term
-        while reached < 1.0 - alpha and rank < self.units:
-            term *= (self.units - rank) / (rank + 1) * self.share / (1.0 - self.share)
-            rank += 1
-            reached += term
-        above = np.sort(self.lowest)[rank] if rank < self.units else self.reference
-        return 0.0, float(above) - self.value
+        return 0.0, 0.0
 
     def power(self, margin: float, alpha: float, growth: float = 1.0) -> float:
-        raise AssertionError("an extreme is reported, not judged")
+        raise AssertionError("an extreme has no power")

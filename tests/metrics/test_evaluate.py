@@ -202,7 +202,7 @@ def test_fill_mask_reports_agreement_and_accuracy() -> None:
 def test_metric_names_and_patterns() -> None:
     assert "recall@k" in metric_names("embed")
     assert is_metric("embed", "recall@10")
-    for task, name in (("embed", "recall@k"), ("embed", "recall@0"), ("embed", "f1"), ("embed", "cosine_worst"),
+    for task, name in (("embed", "recall@k"), ("embed", "recall@0"), ("embed", "f1"), ("embed", "cosine[a]"),
                        ("no-task", "f1"), ("token-classification", "f1@3")):  # fmt: skip
         assert not is_metric(task, name)
     with pytest.raises(UsageError, match="no metrics are known"):
@@ -214,7 +214,7 @@ def test_metric_names_and_patterns() -> None:
     [
         ("token-classification", "f2", "did you mean f1"),
         ("embed", "recal@1", "did you mean recall@k"),
-        ("embed", "cosine_worst", "extreme has no bound"),
+        ("embed", "cosine_wurst", "did you mean cosine_worst"),
     ],
 )
 def test_an_unknown_metric_names_the_nearest_one(task: str, metric: str, hint: str) -> None:

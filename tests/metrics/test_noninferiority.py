@@ -88,12 +88,12 @@ def test_units_that_flip_as_a_whole_have_their_size_as_design_effect() -> None:
     assert 1.0 <= apart.design_effect < 1.3
 
 
-def test_the_lowest_value_bounds_a_low_quantile() -> None:
+def test_the_note_of_a_worst_value_holds_for_values_not_seen() -> None:
     rng = np.random.default_rng(17)
-    below_lowest = below_upper = 0
+    kept = 0
     for _ in range(2_000):
-        sample = LowestValue(rng.random(100), 100)  # uniform: the quantile of a share is the share
-        below_lowest += sample.value <= sample.share
-        below_upper += sample.value + sample.widths(0.05)[1] >= sample.share
-    assert below_lowest / 2_000 == pytest.approx(0.975, abs=0.012)
-    assert below_upper / 2_000 >= 0.95 - 0.012
+        sample = LowestValue(rng.random(100), 100)  # uniform: the share of values below x is x
+        told = sample.unseen(0.9, "text")
+        kept += sample.value <= 1 - 0.1 ** (1 / 100)
+    assert told == "with 90 % confidence, at most 2.3 % of such texts are worse"
+    assert kept / 2_000 == pytest.approx(0.9, abs=0.02)
