@@ -9,12 +9,13 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from medcompile.data.items import Dataset, Item, dataset, item_of, text_digests
+from medcompile.data.images import ImageRef
+from medcompile.data.items import Dataset, Item, content_digests, dataset, item_of, joined
 from medcompile.data.manifest import Manifest, load_manifest
 from medcompile.data.readers import records
 from medcompile.errors import DataError, PhiError
 
-__all__ = ["Dataset", "Item", "Manifest", "load_manifest", "read", "without_overlap"]
+__all__ = ["Dataset", "ImageRef", "Item", "Manifest", "joined", "load_manifest", "read", "without_overlap"]
 
 
 def read(manifest: Manifest, *, limit: int | None = None, allow_phi: bool = False) -> Dataset:
@@ -47,16 +48,20 @@ def read(manifest: Manifest, *, limit: int | None = None, allow_phi: bool = Fals
             f"{manifest.name}: no label of the file is one of those that keep lists: {', '.join(manifest.keep)}",
             fix="check the spelling of keep; it is compared after label_map",
         )
-    return dataset(manifest, items)
+    if chosen is None:
+        _check_prompts(manifest, items)
+    else:  # a view would keep the whole array in memory
+        items = tuple(replace(item, image=item.image.apart()) if item.image else item for item in items)
+    return dataset((manifest,), items)
 
 
 def without_overlap(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset, int]:
-    """calibration less every item of which a text also stands in evaluation, and how many those were.
+    """calibration less every item of which a text or image also stands in evaluation, and how many those were.
 
     Raises DataError if that is more than half of them: then the two are most likely one and the same file.
     """
-    judged = {digest for item in evaluation.items for digest in text_digests(item)}
-    kept = tuple(item for item in calibration.items if not text_digests(item) & judged)
+    judged = {digest for item in evaluation.items for digest in content_digests(item)}
+    kept = tuple(item for item in calibration.items if not content_digests(item) & judged)
     dropped = len(calibration.items) - len(kept)
     if 2 * dropped > len(calibration.items):
         raise DataError(
@@ -64,7 +69,20 @@ def without_overlap(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset,
             f"evaluation data {evaluation.name}",
             fix="calibrate on other data than is judged on, for example the training split",
         )
-    return (dataset(calibration.manifest, kept) if dropped else replace(calibration)), dropped
+    return (dataset(calibration.manifests, kept) if dropped else replace(calibration)), dropped
+
+
+def _check_prompts(manifest: Manifest, items: tuple[Item, ...]) -> None:
+    """A prompt for a label that no item has is a further class to choose from, unless it looks like a misspelt one."""
+    labels = {item.label for item in items}
+    idle = [label for label in manifest.prompts if label not in labels]
+    bare = labels - set(manifest.prompts)
+    if manifest.prompts and idle and bare:
+        raise DataError(
+            f"{manifest.name}: no item has the label {', '.join(idle)} that prompts names, and {len(bare)} of "
+            f"{len(labels)} labels have no prompt",
+            fix="check the spelling in prompts; it is compared after label_map",
+        )
 
 
 def _spread(manifest: Manifest, limit: int) -> frozenset[int]:

@@ -10,16 +10,18 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from medcompile import recipe_yaml
 from medcompile.errors import DataError
 
-Format = Literal["jsonl", "csv", "conll"]
+Format = Literal["jsonl", "csv", "conll", "images", "npz"]
 Role = Literal["calibration", "tuning", "acceptance"]
-FieldName = Literal["text", "words", "labels", "label", "query", "passage", "text_pair", "document", "id"]
+FieldName = Literal[
+    "text", "words", "labels", "label", "query", "passage", "text_pair", "document", "id", "image", "sha256"
+]
 
 DATA_FOLDER = "MEDCOMPILE_DATA"
 
@@ -28,8 +30,10 @@ DATA_FOLDER = "MEDCOMPILE_DATA"
 class Manifest:
     """A data set described. paths: the files as the manifest writes them; sha256: theirs, in the same order.
 
-    fields: our name -> the key, column name, or (conll) column number from 0. label_map renames labels or entity
-    types; keep lists the entity types that count, all others become O. location: the manifest's own file.
+    For format images the files are indices, CSV or JSON lines, that name one image a line. fields: our name -> the key,
+    column name, array name (npz), or column number from 0 (conll). label_map renames labels or entity types; keep lists
+    the entity types that count, all others become O. prompts: label -> what that class is called in words, to match
+    images against; a label without one stands for itself. location: the manifest's own file.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Manifest:
     sha256: tuple[str, ...]
     label_map: dict[str, str]
     keep: tuple[str, ...]
+    prompts: dict[str, str]
     language: str
     location: Path
 
@@ -86,6 +91,7 @@ def load_manifest(path: Path | str) -> Manifest:
         sha256=tuple(keys.sha256),
         label_map=keys.label_map,
         keep=tuple(keys.keep),
+        prompts=keys.prompts,
         language=keys.language,
         location=Path(path),
     )
@@ -121,7 +127,21 @@ class _ManifestKeys(BaseModel):
     )
     label_map: dict[str, str] = Field(default_factory=dict, examples=["{disease: Disease}"])
     keep: list[str] = Field(default_factory=list, examples=["[Disease]"])
+    prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict, examples=["{pneumonia: chest x-ray showing pneumonia}"]
+    )
     language: str = Field(default="en", examples=["en"])
+
+
+_NAMED = {"jsonl": "jsonl key or column", "csv": "csv key or column", "images": "key or column", "npz": "array"}
+_HOLDS = {
+    "jsonl": ("text", "words", "labels", "label", "query", "passage", "text_pair", "document", "id"),
+    "csv": ("text", "label", "query", "passage", "text_pair", "document", "id"),
+    "conll": ("words", "labels"),
+    "images": ("image", "text", "label", "document", "id", "sha256"),
+    "npz": ("image", "text", "label", "document", "id"),
+}
+"""What each format's columns are called in messages, and the fields it can hold."""
 
 
 def _cross_checks(value: dict[str, Any]) -> list[tuple[recipe_yaml.Keys, str, str]]:
@@ -134,10 +154,17 @@ def _cross_checks(value: dict[str, Any]) -> list[tuple[recipe_yaml.Keys, str, st
     fields, kind = value.get("fields"), value.get("format")
     if not isinstance(fields, dict) or not fields:
         return found
-    mains = [f for f in ("text", "words", "query") if f in fields]
-    if len(mains) != 1:
-        found.append((("fields",), "fields must name exactly one of text, words and query", "keep one of them"))
-    for field, partner in (("labels", "words"), ("passage", "query"), ("query", "passage"), ("text_pair", "text")):
+    mains = [f for f in ("text", "words", "query", "image") if f in fields]
+    if len(mains) != 1 and mains != ["text", "image"]:
+        message = "fields must name exactly one of text, words, query and image, or image with text"
+        found.append((("fields",), message, "keep one of them"))
+    for field, partner in (
+        ("labels", "words"),
+        ("passage", "query"),
+        ("query", "passage"),
+        ("text_pair", "text"),
+        ("sha256", "image"),
+    ):
         if field in fields and partner not in fields:
             message = f"fields.{field} goes with {partner}, which is not named"
             found.append((("fields", field), message, f"add {partner} to fields"))
@@ -145,16 +172,44 @@ def _cross_checks(value: dict[str, Any]) -> list[tuple[recipe_yaml.Keys, str, st
         if kind == "conll" and (type(column) is not int or column < 0):
             message = f"fields.{field}: a conll column is a number, counted from 0"
             found.append((("fields", field), message, f"write {field}: 0"))
-        elif kind == "conll" and field not in {"words", "labels"}:
-            found.append((("fields", field), f"conll has no {field}; it has words and labels", f"remove {field}"))
-        elif kind in {"jsonl", "csv"} and not isinstance(column, str):
-            found.append(
-                (("fields", field), f"fields.{field}: name the {kind} key or column", f"write {field}: {field}")
-            )
-        elif kind == "csv" and field in {"words", "labels"}:
-            found.append((("fields", field), f"csv holds no lists, so no {field}", "use jsonl or conll"))
-    for key in ("keep", "label_map"):
-        needed = ("labels",) if key == "keep" else ("labels", "label")
+        elif kind in _NAMED and not isinstance(column, str):
+            message = f"fields.{field}: name the {_NAMED[kind]}"
+            found.append((("fields", field), message, f"write {field}: {field}"))
+        elif kind in _HOLDS and field in get_args(FieldName) and field not in _HOLDS[kind]:
+            message, fix = f"{kind} has no {field}; it has {', '.join(_HOLDS[kind])}", f"remove {field}"
+            if field in {"words", "labels"}:
+                message, fix = f"{kind} holds no lists, so no {field}", "use jsonl or conll"
+            elif field == "image":
+                message, fix = f"{kind} has no image; its items are texts", "write format: images, or npz"
+            found.append((("fields", field), message, fix))
+    if kind in {"images", "npz"} and "image" not in fields:
+        found.append((("fields",), f"{kind} needs image in fields", "add image to fields"))
+    for key, needed in (("keep", ("labels",)), ("label_map", ("labels", "label"))):
         if value.get(key) and not any(f in fields for f in needed):
             found.append(((key,), f"{key} needs {' or '.join(needed)} in fields", f"remove {key}"))
+    if kind == "images" and isinstance(paths, list):
+        for path in paths:
+            if isinstance(path, str) and not path.endswith((".csv", ".jsonl")):
+                message = f"{recipe_yaml.shown(path)} is not the name of an index of images"
+                found.append((("path",), message, "name a .csv with a header or a .jsonl that lists the images"))
+    return found + _prompt_checks(value.get("prompts"), value.get("label_map"), fields)
+
+
+def _prompt_checks(prompts: Any, label_map: Any, fields: dict[str, Any]) -> list[tuple[recipe_yaml.Keys, str, str]]:
+    if not isinstance(prompts, dict) or not prompts:
+        return []
+    if not {"image", "label"} <= set(fields):
+        return [(("prompts",), "prompts needs image and label in fields", "remove prompts")]
+    if not isinstance(label_map, dict):
+        return []
+    labels = [v for v in label_map.values() if isinstance(v, str)]
+    found: list[tuple[recipe_yaml.Keys, str, str]] = []
+    for label in (p for p in prompts if p not in labels):
+        free = [v for v in labels if v not in prompts]
+        hint = (
+            recipe_yaml.nearest(str(label_map[label]), free) if label in label_map else recipe_yaml.nearest(label, free)
+        )
+        if hint:
+            message = f"prompts.{label}: label_map gives no label {label!r}{hint}"
+            found.append((("prompts", label), message, "write each label as label_map gives it"))
     return found

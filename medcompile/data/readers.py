@@ -1,17 +1,22 @@
-"""Readers of data files, one record at a time: JSON lines, CSV with a header, CoNLL columns.
+"""Readers of data files, one record at a time: JSON lines, CSV with a header, CoNLL columns, indices of images, .npz.
 
 Each yields (line, fields by our names); what the fields mean for a model is items.py's. An error names the file and
-the line and never shows any of the text, which may be a patient's.
+the line and never shows any of the text, nor the name of an image, which may be a patient's.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from medcompile.data.manifest import Manifest
 from medcompile.errors import DataError
@@ -23,11 +28,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a data file, for error messages."""
+    """A line of a data file, or what else is counted there ("row 7"), for error messages."""
 
     manifest: str
     file: str
-    line: int
+    line: int | str
 
     def error(self, message: str, fix: str = "") -> DataError:
         return DataError(f"{self.manifest}: {self.file}:{self.line}: {message}", fix=fix or "correct that line")
@@ -35,7 +40,7 @@ class Place:
 
 def records(manifest: Manifest) -> Iterator[tuple[Place, Record]]:
     """Every record of every file of the manifest, in order. Raises DataError at the first one that is malformed."""
-    read = {"jsonl": _jsonl, "csv": _csv, "conll": _conll}[manifest.format]
+    read = {"jsonl": _jsonl, "csv": _csv, "conll": _conll, "images": _images, "npz": _npz}[manifest.format]
     for name in manifest.paths:
         count = 0
         for place, record in read(manifest, name, manifest.file(name)):
@@ -127,3 +132,84 @@ def _conll(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, R
         rows.append(row)
     if start is not None:
         yield start, sentence()
+
+
+def _images(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Record]]:
+    """The records of an index, image being the file, which is there and lies in the index's folder."""
+    folder = path.parent.resolve()
+    for place, record in (_csv if name.endswith(".csv") else _jsonl)(manifest, name, path):
+        yield place, record | {"image": _inside(place, folder, record["image"])}
+
+
+def _inside(place: Place, folder: Path, written: Any) -> Path:
+    if not isinstance(written, str) or not written.strip():
+        raise place.error("image is not the path of a file", "write the path from the index's folder")
+    if PureWindowsPath(written).anchor or written.startswith("/") or ".." in PurePosixPath(written).parts:
+        raise place.error(
+            "its image is not named by a path inside the index's folder",
+            "write the path from the index's folder, without .. and not absolute",
+        )
+    try:
+        found = (folder / written).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):  # not there; links in a circle; a null byte
+        raise place.error("its image is not there", "check the path, which starts at the index's folder") from None
+    if not found.is_relative_to(folder):
+        raise place.error(
+            "its image is a link that leaves the index's folder", "copy the image, or put the index above it"
+        )
+    if not found.is_file():
+        raise place.error("its image is not a file", "name one image file on each line")
+    return found
+
+
+def _npz(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Record]]:
+    """One record a row, image being a view into the one array in memory."""
+    columns: dict[str, Any] = {}
+    try:
+        with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
+            for field, key in manifest.fields.items():
+                if key not in arrays.files:
+                    raise DataError(
+                        f"{manifest.name}: {name} has no array {key!r}, which fields.{field} names",
+                        fix=f"it has {', '.join(arrays.files) or 'none'}",
+                    )
+                array = arrays[str(key)]
+                columns[field] = _pixels(manifest, name, array) if field == "image" else _column(manifest, field, array)
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        raise DataError(
+            f"{manifest.name}: {name} cannot be read as an .npz of plain arrays",
+            fix="write it with numpy.savez_compressed; text as arrays of dtype str, never of objects",
+        ) from None
+    for field, values in columns.items():
+        if len(values) != len(columns["image"]):
+            raise DataError(
+                f"{manifest.name}: {name}: {len(values)} rows of {field} for {len(columns['image'])} images",
+                fix=f"correct fields.{field}, or the file",
+            )
+    for row in range(len(columns["image"])):
+        yield Place(manifest.name, name, f"row {row}"), {field: values[row] for field, values in columns.items()}
+
+
+def _pixels(manifest: Manifest, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    grey = array.ndim == 3
+    if not (grey or (array.ndim == 4 and array.shape[3] == 3)) or 0 in array.shape[1:]:
+        raise DataError(
+            f"{manifest.name}: {name}: images have the shape {array.shape}", fix="use [n, height, width] or [..., 3]"
+        )
+    if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
+        raise DataError(
+            f"{manifest.name}: {name}: images have the type {array.dtype}", fix="use uint8, uint16 or float32"
+        )
+    return array
+
+
+def _column(manifest: Manifest, field: str, array: NDArray[Any]) -> list[Any]:
+    """Words or whole numbers, one a row; a second dimension of one is passed over (MedMNIST's labels have it)."""
+    kinds = {"U": "text"} if field == "text" else {"U": "text", "i": "whole numbers", "u": "whole numbers"}
+    if array.dtype.kind not in kinds or array.ndim == 0 or array.size != array.shape[0]:
+        raise DataError(
+            f"{manifest.name}: the array {manifest.fields[field]!r} is {array.dtype} of shape {array.shape}",
+            fix=f"{field} wants one value a row: {' or '.join(dict.fromkeys(kinds.values()))}",
+        )
+    values: list[Any] = array.reshape(-1).tolist()
+    return values
