@@ -17,7 +17,7 @@ from medcompile.steps import Step, Steps
 from medcompile.verify import DID_NOT_RUN, Trial
 
 _ARTIFACT_VERSION = 3
-_EVIDENCE_VERSION = 2
+_EVIDENCE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,13 @@ class Lowering:
         refused: list[BackendError] = []
         for target in targets:
             try:
-                made += [self._artifact(variant, target, spec, typed) for spec in self.graphs.values()]
+                built = {name: self._built(variant, target, spec, typed) for name, spec in self.graphs.items()}
             except _Refused as error:
                 refused.append(error.why)
                 told = {"variant": variant.name, "target": target.name}
                 self.skipped.append(told | {"reason": error.why.message, "fix": error.why.fix})
+                continue
+            made += [self._judged(graph, built, variant, typed) for graph in built]
         if refused and not made and needed:
             raise refused[0]
         return made
@@ -70,14 +72,18 @@ class Lowering:
             for s in self.skipped
         ]
 
-    def _artifact(self, variant: Variant, target: Target, spec: GraphSpec, typed: Step) -> Made:
+    def _label(self, variant: Variant, target: Target, graph: str) -> str:
+        return f"{variant.name} for {target.name}" + (f": {graph}" if len(self.graphs) > 1 else "")
+
+    def _built(self, variant: Variant, target: Target, spec: GraphSpec, typed: Step) -> _Built:
         backend = backends.get(target.backend)
-        label = f"{variant.name} for {target.name}" + (f": {spec.name}" if len(self.graphs) > 1 else "")
+        label = self._label(variant, target, spec.name)
 
         def make(folder: Path) -> None:
             (folder / "files").mkdir()
+            graph = typed.folder / f"{spec.name}.onnx"
             try:
-                built = backend.build(typed.folder / f"{spec.name}.onnx", spec, variant, target, folder / "files")
+                built = backend.build(graph, spec, variant.on(spec.name), target, folder / "files")
             except BackendError as error:
                 raise _Refused(error) from error
             (folder / "built.json").write_text(json.dumps(manifest.encode(built)), encoding="utf-8")
@@ -85,7 +91,6 @@ class Lowering:
         key = cache.key("artifact", _ARTIFACT_VERSION, typed.key, spec, variant, target, __version__)
         made = self.steps.run(f"build {label}", key, make)
         built = manifest.decode(backends.Built, json.loads((made.folder / "built.json").read_text("utf-8")), label)
-        files = made.folder / "files"
         artifact = Artifact(
             graph=spec.name,
             variant=variant.name,
@@ -96,26 +101,44 @@ class Lowering:
             verified_on=NOT_VERIFIED,
             notes=built.notes,
         )
+        return _Built(Made(artifact, made.folder / "files"), made.key, made.folder / "files" / built.file)
+
+    def _judged(self, graph: str, built: Mapping[str, _Built], variant: Variant, typed: Step) -> Made:
+        made, artifact = built[graph].made, built[graph].made.artifact
         if self.trials is None:
-            return Made(artifact, files)
-        trial_key, trial = self.trials[spec.name]
+            return made
+        trial_key, trial = self.trials[graph]
+        label = self._label(variant, artifact.target, graph)
 
         def judge(folder: Path) -> None:
-            graph = typed.folder / f"{spec.name}.onnx"
-            found = trial().run(backend, files / built.file, variant, built.target, graph)
+            backend = backends.get(artifact.target.backend)
+            paths = {name: b.path for name, b in built.items()}
+            graphs = {name: typed.folder / f"{name}.onnx" for name in built}
+            found = trial().run(backend, paths, variant, artifact.target, graphs)
             judged = replace(
                 artifact,
                 evidence=found.evidence,
                 latency_ms=found.latency_ms,
                 verified_on=found.verified_on,
-                notes=(*built.notes, f"{DID_NOT_RUN}{found.reason}") if found.reason else built.notes,
+                notes=(*artifact.notes, f"{DID_NOT_RUN}{found.reason}") if found.reason else artifact.notes,
             )
             (folder / "evidence.json").write_text(json.dumps(manifest.encode(judged)), encoding="utf-8")
 
-        key = cache.key("verify", _EVIDENCE_VERSION, made.key, trial_key, self.budget, __version__)
+        # An exam may run other graphs of the same variant and target beside this one.
+        keys = {name: b.key for name, b in built.items()}
+        key = cache.key("verify", _EVIDENCE_VERSION, graph, keys, trial_key, self.budget, __version__)
         judged = self.steps.run(f"verify {label}", key, judge)
         result = json.loads((judged.folder / "evidence.json").read_text(encoding="utf-8"))
-        return Made(manifest.decode(Artifact, result, label), files)
+        return Made(manifest.decode(Artifact, result, label), made.files)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """An artifact that nobody has judged yet, the key of the step that built it, and the file a backend loads."""
+
+    made: Made
+    key: str
+    path: Path
 
 
 class _Refused(BackendError):

@@ -256,24 +256,31 @@ def verify(
 def run(
     bundle_path: BundlePath,
     text: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; none, or -, reads stdin as one text.")
+        list[str] | None,
+        typer.Argument(metavar="INPUT", help="Texts (none, or -, reads stdin as one text), or paths of images."),
     ] = None,
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A file that holds one text.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A class to match images with; give at least two.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Which of the bundle's tasks; default: its first.")] = None,
     backend: Annotated[str, typer.Option(help="auto, a target or a backend.")] = "auto",
     variant: Annotated[str, typer.Option(help="auto, or a variant's name.")] = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a bundle on texts: entities, classes, masked words, or vectors."""
+    """Run a bundle: entities, classes, masked words or vectors of texts; vectors of images, or how well prompts fit."""
     from medcompile.runtime.session import load
 
-    texts: list[str | bytes] = [*(text or ())]
-    texts += [_read(path) for path in file or ()]
-    if not texts or texts == ["-"]:
-        texts = [sys.stdin.buffer.read()]
     with load(bundle_path, backend=backend, variant=variant, threads=threads) as session:
         chosen = task or session.bundle.tasks[0]
+        if chosen == "image":
+            _run_images(session, text or [], prompt or [], as_json)
+            return
+        texts: list[str | bytes] = [*(text or ())]
+        texts += [_read(path) for path in file or ()]
+        if not texts or texts == ["-"]:
+            texts = [sys.stdin.buffer.read()]
         answers = _answers(session, chosen, texts)
     for answer in answers:
         typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _told(chosen, answer))
@@ -386,13 +393,38 @@ def _answers(session: Session, task: str, texts: list[str | bytes]) -> list[Any]
         return [[asdict(entity) for entity in found] for found in session.extract(texts)]
     if task == "sequence-classification":
         return [[asdict(score) for score in scores] for scores in session.classify(texts)]
+    if task == "text":
+        return [row.tolist() for row in session.embed_texts(texts)]
     if task == "fill-mask":
         return [[[asdict(fill) for fill in fills] for fills in session.fill_mask(t)] for t in texts]
     raise UsageError(f"no task {task!r} in this bundle", fix=f"choose from: {', '.join(session.bundle.tasks)}")
 
 
+def _run_images(session: Session, paths: list[str], prompts: list[str], as_json: bool) -> None:
+    """A line for each image as it is done. A bad one is told of on stderr, and the others are unharmed."""
+    if not paths:
+        raise UsageError("no image to run on", fix="give the paths of images after the bundle")
+    classes = session.towers.classes(prompts) if prompts else None
+    bad = 0
+    for result, path in zip(session.towers.images(paths), paths, strict=True):
+        if result.embedding is None:
+            bad += 1
+            typer.echo(str(result.error), err=True)
+        elif classes is None:
+            answer: Any = result.embedding.tolist()
+            typer.echo(json.dumps({"image": path, "embedding": answer}) if as_json else _told("image", answer))
+        else:
+            row = session.towers.scores(result.embedding[None], classes)[0]
+            order = row.argsort(kind="stable")[::-1]
+            found = [{"label": prompts[i], "score": float(row[i])} for i in order]
+            told = f"{path}\n{_told('sequence-classification', found)}"
+            typer.echo(json.dumps({"image": path, "scores": found}, ensure_ascii=False) if as_json else told)
+    if bad:
+        raise InputError(f"{bad} of {len(paths)} images can't be used", fix="see above; the others were answered")
+
+
 def _told(task: str, answer: Any) -> str:
-    if task == "embed":
+    if task in ("embed", "image", "text"):
         head = " ".join(f"{x:+.4f}" for x in answer[:8])
         return f"[{len(answer)}] {head} ..."
     if task == "token-classification":

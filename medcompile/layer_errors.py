@@ -9,14 +9,13 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medcompile import verify
+from medcompile import exams, verify
 from medcompile.bundle import Bundle
 from medcompile.data import Dataset
 from medcompile.errors import BackendError, BackendUnavailable, UsageError
-from medcompile.feeds import feeds
 from medcompile.run_onnx import errors, run_onnx
 from medcompile.spec import Precision, Variant
 
@@ -71,9 +70,8 @@ def layer_errors(
     exact, lower = _load(bundle, reference.name, graph), _load(bundle, variant, graph)
     shared = _shared(exact, lower)
     names = tuple(name for name, _ in shared)
-    trial = verify.trial(bundle, graph, dataset)
-    items = tuple(q.item for q in trial.asked[: batches * batch])
-    fed = list(feeds(items, trial.spec, trial.text, trial.labels, batch))
+    few = replace(dataset, items=dataset.items[: batches * batch])
+    fed = list(exams.of(graph, verify.setting(bundle, few)).feeds(batch))
     try:
         squares = _squares(run_onnx(exact, iter(fed), names), run_onnx(lower, iter(fed), names), names)
     except errors() as error:

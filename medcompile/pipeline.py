@@ -10,16 +10,29 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile import __version__, backends, budget, bundle, cache, data, manifest, models, recipe, sources, verify
+from medcompile import (
+    __version__,
+    backends,
+    budget,
+    bundle,
+    cache,
+    data,
+    exams,
+    manifest,
+    models,
+    recipe,
+    sources,
+    verify,
+)
 from medcompile.artifacts import Lowering, Made
 from medcompile.bundle import Bundle
 from medcompile.errors import BackendUnavailable, BundleError, UsageError
-from medcompile.feeds import feeds
 from medcompile.models import ModelOptions
 from medcompile.passes.calibrate import Calibrate
 from medcompile.passes.cast import Cast
@@ -31,8 +44,6 @@ from medcompile.passes.sensitivity import Sensitivity, sensitivity
 from medcompile.passes.simplify import Simplify
 from medcompile.program import Context, Progress, Silent
 from medcompile.run_onnx import run_onnx
-from medcompile.runtime.encoder import Encoder
-from medcompile.runtime.text import TextAssets, read_json
 from medcompile.spec import GraphSpec, Target, Variant
 from medcompile.steps import Step, Steps
 
@@ -40,7 +51,7 @@ if TYPE_CHECKING:
     from medcompile.program import Feeds
 
 _COMPILER_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers")
-_REFERENCE_VERSION = 1
+_REFERENCE_VERSION = 2
 
 
 def build(
@@ -85,21 +96,21 @@ class _Build:
     allow_phi: bool
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    references: dict[str, Step] = field(default_factory=dict)
 
     def run(self, out: Path) -> Bundle:
         self.datasets  # noqa: B018  the cheap ways to fail come first
         targets = self.targets()
         with bundle.Writer(out) as writer:
             for task in self.options.tasks:
-                verify.check(task, self.datasets[1].items, self.text, self.labels)
+                self.exam(task)  # data that can't judge the model is told before anything is built
             lowered = {v.name: self.lowered(v) for v in self.job.variants}
-            references = {task: self.reference(task) for task in self.options.tasks}
-            trials = {task: self.trial(task, reference) for task, reference in references.items()}
+            trials = {task: self.trial(task, self.reference(task)) for task in self.options.tasks}
             lowering = Lowering(self.steps, self.graphs, self.job.budget, trials)
             made = [m for v in self.job.variants for m in lowering.variant(v, targets, lowered[v.name])]
             for note in lowering.notes():
                 self.note(note)
-            finished = self.write(writer, made, lowered, references, lowering.skipped)
+            finished = self.write(writer, made, lowered, lowering.skipped)
         if not budget.is_kept(finished):
             missed = budget.closest(finished)
             raise budget.over_budget(finished, missed, self.sensitivity(missed) if missed else {})
@@ -129,6 +140,7 @@ class _Build:
             normalize=model.normalize,
             max_length=model.max_length,
             labels=tuple(model.labels or ()),
+            templates=tuple(model.templates or ()),
         )
 
     @cached_property
@@ -146,7 +158,8 @@ class _Build:
         wanted = self.job.calibration
         if wanted is None:
             return None, evaluation
-        calibration, dropped = data.without_overlap(self._dataset(wanted.data, wanted.samples), evaluation)
+        sets = [self._dataset(name, wanted.samples) for name in wanted.data]
+        calibration, dropped = data.without_overlap(data.joined(sets), evaluation)
         if dropped:
             self.note(f"{dropped} calibration items also stand in the evaluation data and were left out")
         return calibration, evaluation
@@ -206,14 +219,14 @@ class _Build:
             self.note(note)
         return step
 
-    @cached_property
-    def text(self) -> TextAssets:
-        return TextAssets.read(self.assets.folder / "assets")
+    def exam(self, graph: str, dataset: data.Dataset | None = None) -> exams.Exam:
+        """The graph's exam on the evaluation data, or on other data."""
+        assets = self.assets.folder / "assets"
+        return exams.of(graph, exams.Setting(self.graphs, assets, dataset or self.datasets[1], self.kept))
 
-    @cached_property
-    def labels(self) -> list[str]:
-        path = self.assets.folder / "assets/labels.json"
-        return [str(name) for name in read_json(path, list)] if path.is_file() else []
+    def kept(self, graph: str) -> Path:
+        """The reference's answers to the graph's exam."""
+        return self.reference(graph).folder / f"{graph}.npz"
 
     def lowered(self, variant: Variant) -> Step:
         """The variant's typed graphs."""
@@ -222,7 +235,7 @@ class _Build:
         if variant.quantized:
             versions = _versions("onnx-ir", "numpy")
             step = self.steps.run_pass(self.quantize, step, versions, self.batches, label=label, variant=variant)
-        cast = Cast(variant.float_dtype, variant.keep)
+        cast = Cast(variant.float_dtype, variant.keep, variant.graphs)
         return self.steps.run_pass(cast, step, _versions("onnx-ir", "ml-dtypes"), self.batches, label=label)
 
     @cached_property
@@ -230,7 +243,9 @@ class _Build:
         calibration, _ = self.datasets
         parts = (calibration.digest if calibration else "", self.batch, self.assets.key)
         versions = _versions("onnxruntime", "numpy")
-        return self.steps.run_pass(Calibrate(), self.simplified, versions, self.batches, parts=parts)
+        static = [v for v in self.job.variants if v.needs_statistics]
+        graphs = tuple(g for g in self.graphs if any(v.on(g).needs_statistics for v in static))
+        return self.steps.run_pass(Calibrate(graphs), self.simplified, versions, self.batches, parts=parts)
 
     @property
     def quantize(self) -> Quantize:
@@ -247,9 +262,7 @@ class _Build:
 
     def batches(self, graph: str) -> Iterator[Feeds]:
         """Calibration feeds, a batch at a time; of the evaluation data where the recipe has no other."""
-        calibration, evaluation = self.datasets
-        items = (calibration or evaluation).items
-        return feeds(items, self.graphs[graph], self.text, self.labels, self.batch)
+        return self.exam(graph, self.datasets[0]).feeds(self.batch)
 
     def sensitivity(self, variant: Variant) -> dict[str, tuple[Sensitivity, ...]]:
         """By graph, which layers the variant hurts most. Asked only where it is over budget."""
@@ -268,27 +281,28 @@ class _Build:
 
     def reference(self, task: str) -> Step:
         """The answers of the original torch model in fp32."""
+        if task not in self.references:
+            self.references[task] = self._reference(task)
+        return self.references[task]
+
+    def _reference(self, task: str) -> Step:
         _, evaluation = self.datasets
-        parts = (self.source_key, task, evaluation.digest, self.assets.key, _versions("torch", "transformers"))
+        parts = (self.source_key, task, evaluation.digest, self.assets.key, _versions("torch", "transformers", "timm"))
 
         def fill(folder: Path) -> None:
-            with self.family.reference(self.checkpoint, task, self.options) as executor:
-                encoder = Encoder(self.text, {task: executor}, self.graphs, self.labels)
-                asked = verify.questions(task, evaluation.items, self.text)
-                verify.write_reference(folder / f"{task}.npz", asked, verify.predict(encoder, task, asked))
+            exam = self.exam(task)
+            with ExitStack() as opened:
+                executors = {
+                    graph: opened.enter_context(self.family.reference(self.checkpoint, graph, self.options))
+                    for graph in exam.graphs
+                }
+                verify.write_reference(folder / f"{task}.npz", exam, exam.answers(executors))
 
         return self.steps.run(f"reference {task}", cache.key("reference", _REFERENCE_VERSION, *parts), fill)
 
     def trial(self, task: str, reference: Step) -> tuple[str, Callable[[], verify.Trial]]:
         """What the task's artifacts are judged by, and the key over all that decides it."""
-        _, evaluation = self.datasets
-
-        def made() -> verify.Trial:
-            answers = reference.folder / f"{task}.npz"
-            spec, budget = self.graphs[task], self.job.budget
-            return verify.Trial.of(spec, self.text, self.labels, evaluation.items, answers, budget)
-
-        return reference.key, made
+        return reference.key, lambda: verify.Trial.of(self.exam(task), self.kept(task), self.job.budget)
 
     # ---- the end
 
@@ -297,7 +311,6 @@ class _Build:
         writer: bundle.Writer,
         made: Sequence[Made],
         lowered: Mapping[str, Step],
-        references: Mapping[str, Step],
         skipped: Sequence[Mapping[str, str]],
     ) -> Bundle:
         for variant, step in lowered.items():
@@ -309,8 +322,8 @@ class _Build:
         for file in sorted((self.assets.folder / "assets").iterdir()):
             assets[file.stem] = f"assets/{file.name}"
             shutil.copyfile(file, writer.path(assets[file.stem]))
-        for task, reference in references.items():
-            shutil.copyfile(reference.folder / f"{task}.npz", writer.path(f"reference/{task}.npz"))
+        for task in self.options.tasks:
+            shutil.copyfile(self.kept(task), writer.path(f"reference/{task}.npz"))
         writer.path("recipe.resolved.yaml").write_text(recipe.resolved(self.job), encoding="utf-8")
         table = {v: self.layers(step) for v, step in lowered.items()}
         writer.path("layers.json").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -369,13 +382,12 @@ def _versions(*distributions: str) -> dict[str, str]:
 def _described(dataset: data.Dataset | None) -> dict[str, Any] | None:
     if dataset is None:
         return None
-    m = dataset.manifest
     return {
         "name": dataset.name,
         "role": dataset.role,
         "digest": dataset.digest,
         "items": len(dataset.items),
-        "licence": m.licence,
-        "phi": m.phi,
-        "source": m.source,
+        "licence": dataset.licence,
+        "phi": dataset.phi,
+        "source": dataset.source,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from medcompile import models, recipe_rules, recipe_yaml
 from medcompile.errors import RecipeError
@@ -68,6 +68,18 @@ def _unique(values: list[Any]) -> list[Any]:
     return values
 
 
+def _templates(values: list[str]) -> list[str]:
+    for value in values:
+        if value.count("{}") != 1:
+            raise failure(f"{shown(value)} has not one {{}} for the name of a class", 'write "an image of {}"')
+    return values
+
+
+def _listed(value: Any) -> Any:
+    """One name counts as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 def _scalars(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if not isinstance(value, str | int | float):
@@ -101,6 +113,12 @@ class ModelKeys(_Keys):
     normalize: bool = Field(
         default=True, description="Whether embed() scales vectors to length 1 by default.", examples=["true"]
     )
+    templates: Annotated[list[str], AfterValidator(_templates)] | None = Field(
+        default=None,
+        min_length=1,
+        description="What match() puts the name of a class into, at {}; default: as the model was trained.",
+        examples=['["this is a photo of {}"]'],
+    )
     max_length: int | None = Field(
         default=None, ge=8, description="Longest window in tokens; default: the model's own.", examples=["512"]
     )
@@ -115,8 +133,17 @@ class ModelKeys(_Keys):
 class CalibrationKeys(_Keys):
     """Real data that static quantization measures activations on. Never random, never the evaluation data."""
 
-    data: str = Field(min_length=1, description="A manifest in calibration/, or a path to one.", examples=["my-notes"])
-    samples: int = Field(default=256, ge=8, description="How many items to run.", examples=["256"])
+    data: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        BeforeValidator(_listed),
+        AfterValidator(_unique),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    ] = Field(
+        min_length=1,
+        description="A manifest in calibration/, or a path to one; or several, say of images and of captions.",
+        examples=["my-notes"],
+    )
+    samples: int = Field(default=256, ge=8, description="How many items of each to run.", examples=["256"])
     method: Literal["minmax", "percentile", "entropy", "mse"] = Field(
         default="mse", description="How the range of an activation is chosen from its histogram.", examples=["mse"]
     )
@@ -183,6 +210,12 @@ class VariantKeys(_Keys):
         le=1,
         description="smoothquant only: how much moves to the weights; searched for each tensor if not given.",
         examples=["0.5"],
+    )
+    graphs: Annotated[list[str], AfterValidator(_unique)] | None = Field(
+        default=None,
+        min_length=1,
+        description="Only these graphs get this precision, the others stay float32; default: all.",
+        examples=["[image]"],
     )
     keep: list[str] = Field(
         default_factory=list, description="Glob patterns over node names that stay in float.", examples=['["*pooler*"]']
@@ -322,18 +355,21 @@ def _find_manifests(document: Document, recipe: Path) -> dict[str, Path]:
     """The manifests that the recipe names, by name; one that is nowhere is reported."""
     found: dict[str, Path] = {}
     for section in ("calibration", "evaluation"):
-        name = recipe_rules.mapping(document.value, section).get("data")
-        if not isinstance(name, str) or not name:
-            continue
-        file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-        folders = (recipe.parent / ".." / "calibration", Path("calibration"), recipe.parent)
-        path = next((f / file for f in folders if (f / file).is_file()), None)
-        if path is None:
-            known = sorted({p.stem for f in folders[:2] for p in f.glob("*.yaml")})
-            choice = f"choose from: {', '.join(known)}; or give the path of a manifest" if known else "check the path"
-            document.report((section, "data"), f"no data manifest {shown(name)}{nearest(name, known)}", choice)
-        else:
-            found[name] = path
+        named = _listed(recipe_rules.mapping(document.value, section).get("data"))
+        for name in named if isinstance(named, list) else ():
+            if not isinstance(name, str) or not name:
+                continue
+            file = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+            folders = (recipe.parent / ".." / "calibration", Path("calibration"), recipe.parent)
+            path = next((f / file for f in folders if (f / file).is_file()), None)
+            if path is None:
+                known = sorted({p.stem for f in folders[:2] for p in f.glob("*.yaml")})
+                choice = (
+                    f"choose from: {', '.join(known)}; or give the path of a manifest" if known else "check the path"
+                )
+                document.report((section, "data"), f"no data manifest {shown(name)}{nearest(name, known)}", choice)
+            else:
+                found[name] = path
     return found
 
 
@@ -353,6 +389,7 @@ def _variant(name: str, keys: VariantKeys) -> Variant:
         block_size=keys.block_size,
         method=recipe_rules.method_of(keys.method, keys.activations, keys.dynamic),
         smoothing=keys.smoothing,
+        graphs=tuple(keys.graphs or ()),
         keep=tuple(keys.keep),
         compute=dict(keys.compute),
     )
@@ -370,6 +407,8 @@ def _variant_plain(variant: Variant) -> dict[str, Any]:
         plain["block_size"] = variant.block_size
     if variant.smoothing is not None:
         plain["smoothing"] = variant.smoothing
+    if variant.graphs:
+        plain["graphs"] = list(variant.graphs)
     compute: dict[str, Scalar] = dict(sorted(variant.compute.items()))
     return plain | {"keep": list(variant.keep), "compute": compute}
 

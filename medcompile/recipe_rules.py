@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from medcompile import metrics
+from medcompile import metrics, models
 from medcompile.recipe_yaml import Keys, nearest, shown
 
-Task = Literal["embed", "token-classification", "sequence-classification", "fill-mask"]
+Task = Literal["embed", "token-classification", "sequence-classification", "fill-mask", "image", "text"]
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -33,6 +33,7 @@ def broken(value: dict[str, Any]) -> Broken:
             yield ("variants", name), f"variants: {shown(name)} is not a name (a-z, 0-9, . _ -)", "rename the variant"
     for name, variant in variants.items():
         yield from _variant_checks(("variants", name), variant)
+        yield from _graph_checks(("variants", name, "graphs"), variant.get("graphs"), _tasks(model))
     static = [n for n, v in variants.items() if v.get("activations") and v.get("dynamic") is not True]
     static += [n for n, v in variants.items() if v.get("method") == "smoothquant" and n not in static]
     calibration = mapping(value, "calibration")
@@ -71,10 +72,21 @@ def _model_checks(model: dict[str, Any]) -> Broken:
         )
     elif isinstance(source, str) and source.startswith(("path:", "package:")) and revision is not None:
         yield ("model", "revision"), "model.revision belongs to hf: sources", "remove it"
+    family = model.get("family")
+    if family in models.names():
+        known = models.get(str(family)).tasks
+        for task in (t for t in tasks if t not in known):
+            yield (
+                ("model", "tasks"),
+                f"model.tasks: the family {family} has no task {task}{nearest(task, known)}",
+                f"choose from: {', '.join(known)}",
+            )
     if tasks and "embed" not in tasks:
         for key in ("pooling", "normalize"):
             if key in model:
                 yield ("model", key), f"model.{key} is for the task embed, which is not asked for", "remove it"
+    if tasks and not {"image", "text"} & set(tasks) and "templates" in model:
+        yield ("model", "templates"), "model.templates is for the tasks image and text", "remove it"
     if model.get("labels") and tasks and not any(t.endswith("-classification") for t in tasks):
         yield ("model", "labels"), "model.labels is for classification tasks, which are not asked for", "remove it"
 
@@ -156,6 +168,16 @@ def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
     method = method_of(variant.get("method"), activations, variant.get("dynamic"))
     if variant.get("smoothing") is not None and method != "smoothquant":
         yield (*way, "smoothing"), f"{label}: smoothing goes with method: smoothquant", "remove smoothing"
+
+
+def _graph_checks(way: Keys, graphs: object, tasks: list[str]) -> Broken:
+    for graph in graphs if isinstance(graphs, list) and tasks else ():
+        if graph not in tasks:
+            yield (
+                way,
+                f"{'.'.join(map(str, way))}: no graph {shown(graph)}{nearest(str(graph), tasks)}",
+                f"choose from the tasks: {', '.join(tasks)}",
+            )
 
 
 def _tasks(model: dict[str, Any]) -> list[str]:

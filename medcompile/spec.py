@@ -115,6 +115,7 @@ class Variant:
     block_size: weights share a scale per block of this many inputs; None is one scale per output channel.
     method: how weights and scales are found (a quantizer's name). smoothing: SmoothQuant's strength in [0, 1];
         None searches it for each tensor.
+    graphs: which graphs this precision is for; the others stay in float32. Empty: all.
     keep: glob patterns over node names that stay in float. compute: settings a backend would else choose by itself.
     """
 
@@ -127,12 +128,19 @@ class Variant:
     block_size: int | None = None
     method: str = "rtn"
     smoothing: float | None = None
+    graphs: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     compute: Mapping[str, Scalar] = field(default_factory=dict)
 
     @property
     def quantized(self) -> bool:
         return self.weights is not None
+
+    def on(self, graph: str) -> Variant:
+        """What this variant means for that graph: itself, or float32 with the same compute settings."""
+        if not self.graphs or graph in self.graphs:
+            return self
+        return Variant(self.name, compute=self.compute)
 
     @property
     def needs_statistics(self) -> bool:

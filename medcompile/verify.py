@@ -1,4 +1,4 @@
-"""Verify: what a model answers on evaluation data, and the evidence that an artifact answers as well as the reference.
+"""Verify: the evidence that an artifact answers as well as the reference, made by running it through its exam.
 
 Used by the build for every artifact, and by `medcompile verify` to repeat the evidence where there is no torch:
 the bundle keeps the reference's answers by item digest. No text is kept anywhere. An artifact that can't run here is
@@ -10,20 +10,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medcompile import backends, data, metrics, run_onnx
+from medcompile import backends, data, exams, run_onnx
 from medcompile.backends import Backend, Executor, check_feeds
 from medcompile.bundle import Bundle, rewrite
-from medcompile.data import Dataset, Item
+from medcompile.data import Dataset
 from medcompile.errors import BackendError, BackendUnavailable, BundleError, DataError, UsageError
+from medcompile.exams import Exam
 from medcompile.metrics import Predictions
-from medcompile.runtime.encoder import Encoder
-from medcompile.runtime.text import TextAssets, read_json
 from medcompile.spec import (
     GRAPH_VERIFIED,
     NOT_VERIFIED,
@@ -43,102 +43,6 @@ DID_NOT_RUN = "it did not run: "
 
 _TIMED_RUNS = 5
 _TIMED_S = 2.0
-
-
-@dataclass(frozen=True)
-class Question:
-    """An evaluation item as one task asks it. text: for fill-mask, with the mask token in it; gold: a token's id."""
-
-    item: Item
-    text: str
-    gold: int = -1
-
-
-def questions(task: str, items: Sequence[Item], text: TextAssets) -> tuple[Question, ...]:
-    """The items that the task can ask. fill-mask hides one word that is a single token, chosen by the item's digest.
-
-    An item without words is asked for token-classification by its white space, so that plain text can calibrate.
-
-    Raises DataError if none of the items suits the task.
-    """
-    if task == "fill-mask":
-        asked = tuple(q for item in items if (q := _masked(item, text)))
-    elif task == "token-classification":
-        asked = tuple(Question(i if i.words else replace(i, words=tuple(i.text.split())), i.text) for i in items)
-    else:
-        asked = tuple(Question(item, item.text) for item in items)
-    if not asked:
-        raise DataError(
-            f"none of the {len(items)} evaluation items can be asked for {task}",
-            fix="token-classification needs words and labels, the other tasks text; see the manifest's fields",
-        )
-    return asked
-
-
-def _masked(item: Item, text: TextAssets) -> Question | None:
-    words = (item.text_pair or item.text).split()
-    tokens = text.encode_words([words])[0]
-    counts = np.bincount(tokens.words, minlength=len(words)) if len(tokens) else np.zeros(len(words), int)
-    single = [i for i, word in enumerate(words) if counts[i] == 1 and word.isalpha()]
-    if not single or text.mask_token is None:
-        return None
-    chosen = single[int(item.digest[:12], 16) % len(single)]
-    gold = int(tokens.ids[tokens.words == chosen][0])
-    return Question(item, " ".join([*words[:chosen], text.mask_token, *words[chosen + 1 :]]), gold)
-
-
-def predict(encoder: Encoder, task: str, asked: Sequence[Question]) -> Predictions:
-    """What the encoder's executor for this task answers to each question, in order."""
-    if task == "token-classification":
-        return Predictions(encoder.label_words([q.item.words for q in asked]))
-    if task == "sequence-classification":
-        pairs = [q.item.text_pair for q in asked]
-        return Predictions(encoder.class_ids([q.text for q in asked], pairs if any(pairs) else None))
-    if task == "fill-mask":
-        return Predictions(encoder.mask_ids([q.text for q in asked]))
-    values = encoder.embed([q.text for q in asked])
-    passages = [q.item.text_pair for q in asked]
-    return Predictions(values, encoder.embed(passages) if all(passages) else None)
-
-
-def check(task: str, items: Sequence[Item], text: TextAssets, labels: Sequence[str]) -> None:
-    """Raise DataError if none of the items suits the task, or one has a label that the model lacks."""
-    _gold(task, questions(task, items, text), labels)
-
-
-def judge(
-    task: str,
-    margins: Sequence[Margin],
-    reference: Predictions,
-    candidate: Predictions,
-    asked: Sequence[Question],
-    labels: Sequence[str],
-) -> tuple[Evidence, ...]:
-    """Evidence of one graph: every margin that is a metric of this task, and the task's other metrics, not judged."""
-    own = [m for m in margins if metrics.is_metric(task, m.metric)]
-    units = [q.item.document or None for q in asked]
-    return metrics.evaluate(task, own, reference, candidate, _gold(task, asked, labels), units, labels)
-
-
-def _gold(task: str, asked: Sequence[Question], labels: Sequence[str]) -> list[Array] | Array | None:
-    """The right answers as ids, or None where the data has none. Raises DataError on a label the model lacks."""
-    if task == "fill-mask":
-        return np.array([q.gold for q in asked], np.int64)
-    ids = {label: i for i, label in enumerate(labels)}
-    if task == "token-classification" and all(q.item.labels for q in asked):
-        return [np.array([_id(ids, label) for label in q.item.labels], np.int64) for q in asked]
-    if task == "sequence-classification" and all(q.item.label for q in asked):
-        return np.array([_id(ids, q.item.label) for q in asked], np.int64)
-    return None
-
-
-def _id(ids: Mapping[str, int], label: str) -> int:
-    if label not in ids:
-        raise DataError(
-            f"the evaluation data has the label {label!r}; the model's labels are {', '.join(ids)}",
-            fix="rename it with label_map, or drop it with keep, in the data's manifest",
-        )
-    return ids[label]
 
 
 def latency_ms(executor: Executor, spec: GraphSpec) -> float:
@@ -169,66 +73,59 @@ class Findings:
 
 @dataclass(frozen=True)
 class Trial:
-    """What artifacts of one graph are judged by: its questions, the reference's answers to them, and the budget."""
+    """What artifacts of one graph are judged by: its exam, the reference's answers to it, and the budget."""
 
-    spec: GraphSpec
-    text: TextAssets
-    labels: Sequence[str]
-    asked: tuple[Question, ...]
+    exam: Exam
     reference: Predictions
     budget: Sequence[Margin]
 
     @classmethod
-    def of(
-        cls,
-        spec: GraphSpec,
-        text: TextAssets,
-        labels: Sequence[str],
-        items: Sequence[Item],
-        reference: Path,
-        budget: Sequence[Margin],
-    ) -> Trial:
+    def of(cls, exam: Exam, reference: Path, budget: Sequence[Margin]) -> Trial:
         """reference: the .npz of the answers that were kept."""
-        answers, asked = read_reference(reference, spec.name, questions(spec.name, items, text))
-        return cls(spec, text, labels, asked, answers, budget)
+        return cls(exam, read_reference(reference, exam), budget)
 
     def run(
         self,
         backend: Backend,
-        path: Path,
+        paths: Mapping[str, Path],
         variant: Variant,
         target: Target,
-        typed: Path | None,
+        typed: Mapping[str, Path] | None,
         threads: int | None = None,
     ) -> Findings:
-        """Run the artifact at path where this machine can, else the typed graph that it was built from, if given.
+        """Run the artifacts at paths where this machine can, else the typed graphs they were built from, if given.
 
-        target: the artifact's. Raises BackendError if it was built for just this kind of machine and does not run.
+        paths, typed: by graph, for every graph that the exam needs. target: the artifacts'. Raises BackendError if
+        they were built for just this kind of machine and do not run.
         """
-        here: Target | None = None
-        try:
-            here = backend.probe(target.name)
-            executor = backend.load(path, self.spec, variant, target, threads)
-        except BackendError as error:
-            if here is not None and here.present and here == target:
-                raise  # not another machine, but a fault
-            return self._run_graph(typed, str(error)) if typed else Findings((), None, NOT_VERIFIED, str(error))
-        with executor:
-            return Findings(self._judged(executor), latency_ms(executor, self.spec), here.verified_on)
+        graphs = self.exam.graphs
+        with ExitStack() as opened:
+            here: Target | None = None
+            try:
+                here = backend.probe(target.name)
+                executors = {
+                    name: opened.enter_context(backend.load(paths[name], spec, variant.on(name), target, threads))
+                    for name, spec in graphs.items()
+                }
+            except BackendError as error:
+                if here is not None and here.present and here == target:
+                    raise  # not another machine, but a fault
+                return self._run_graphs(typed, str(error)) if typed else Findings((), None, NOT_VERIFIED, str(error))
+            own = executors[self.exam.spec.name]
+            return Findings(self._judged(executors), latency_ms(own, self.exam.spec), here.verified_on)
 
-    def _run_graph(self, typed: Path, reason: str) -> Findings:
-        """The evidence of the graph alone; none where ONNX Runtime's CPU provider lacks an operator or a format."""
+    def _run_graphs(self, typed: Mapping[str, Path], reason: str) -> Findings:
+        """The evidence of the graphs alone; none where ONNX Runtime's CPU provider lacks an operator or a format."""
         try:
-            with _OnCpu(typed, self.spec) as executor:
-                return Findings(self._judged(executor), None, GRAPH_VERIFIED, reason)
+            with ExitStack() as opened:
+                graphs = self.exam.graphs
+                executors = {n: opened.enter_context(_OnCpu(typed[n], spec)) for n, spec in graphs.items()}
+                return Findings(self._judged(executors), None, GRAPH_VERIFIED, reason)
         except BackendError as error:
             return Findings((), None, NOT_VERIFIED, f"{reason}; nor does its graph run here: {error.message}")
 
-    def _judged(self, executor: Executor) -> tuple[Evidence, ...]:
-        name = self.spec.name
-        encoder = Encoder(self.text, {name: executor}, {name: self.spec}, self.labels)
-        answers = predict(encoder, name, self.asked)
-        return judge(name, self.budget, self.reference, answers, self.asked, self.labels)
+    def _judged(self, executors: Mapping[str, Executor]) -> tuple[Evidence, ...]:
+        return exams.judge(self.exam, self.budget, self.reference, self.exam.answers(executors))
 
 
 class _OnCpu(Executor):
@@ -255,45 +152,38 @@ class _OnCpu(Executor):
 # ---- the reference's answers, kept by digest
 
 
-def write_reference(path: Path, asked: Sequence[Question], predictions: Predictions) -> None:
-    """An .npz without pickle: digests [n, 32] bytes, and the answers as one flat array with each item's length."""
-    digests = np.frombuffer(b"".join(bytes.fromhex(q.item.digest) for q in asked), np.uint8).reshape(-1, 32)
-    values = [np.asarray(v) for v in predictions.values]
-    arrays: dict[str, Array] = {
-        "digests": digests,
-        "lengths": np.array([v.size for v in values], np.int64),
-        "values": np.concatenate([v.reshape(-1) for v in values]),
-    }
-    if predictions.passages is not None:
-        arrays["passages"] = predictions.passages
+def write_reference(path: Path, exam: Exam, predictions: Predictions) -> None:
+    """An .npz without pickle: the items' digests [n, 32] bytes, and every array of the answers by its name.
+
+    Answers of different lengths lie end to end, with each item's length in `lengths`.
+    """
+    digests = b"".join(bytes.fromhex(digest) for digest in exam.digests())
+    arrays = {"digests": np.frombuffer(digests, np.uint8).reshape(-1, 32)}
+    for name, value in vars(predictions).items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif value is not None:
+            arrays |= {name: np.concatenate(value), "lengths": np.array([len(v) for v in value], np.int64)}
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
-def read_reference(path: Path, task: str, asked: Sequence[Question]) -> tuple[Predictions, tuple[Question, ...]]:
-    """The kept answers to those of the questions that were asked when the bundle was built, and these questions.
-
-    Raises DataError if none was, BundleError if the file is no reference.
-    """
+def read_reference(path: Path, exam: Exam) -> Predictions:
+    """The kept answers. Raises DataError if the exam asks about other items, BundleError if the file is none."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            digests, lengths, values = arrays["digests"], arrays["lengths"], arrays["values"]
-            passages = arrays["passages"] if "passages" in arrays.files else None
-    except (OSError, ValueError, KeyError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        digests, values = arrays.pop("digests"), arrays.pop("values")
+        lengths = arrays.pop("lengths", None)
+        answers: Sequence[Array] | Array = values if lengths is None else np.split(values, np.cumsum(lengths)[:-1])
+        found = Predictions(answers, **arrays)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path.name} holds no reference answers: {error}", fix="rebuild the bundle") from error
-    parts = np.split(values, np.cumsum(lengths)[:-1])
-    rows = {bytes(d).hex(): i for i, d in enumerate(digests)}
-    known = tuple(q for q in asked if q.item.digest in rows)
-    if not known:
+    if tuple(bytes(d).hex() for d in digests) != exam.digests():
         raise DataError(
-            f"none of the {len(asked)} items is among those that the bundle was judged on",
+            f"the {len(exam.digests())} items asked about are not the {len(digests)} that the bundle was judged on",
             fix="give the evaluation data that the bundle's provenance names",
         )
-    taken = [rows[q.item.digest] for q in known]
-    found = [parts[i] for i in taken]
-    if task == "token-classification":
-        return Predictions(found), known
-    stacked = np.stack(found) if task == "embed" else np.concatenate(found)
-    return Predictions(stacked, None if passages is None else passages[taken]), known
+    return found
 
 
 # ---- a finished bundle, again
@@ -339,11 +229,14 @@ def evaluation(bundle: Bundle, manifest: Path | None, *, allow_phi: bool = False
 
 def trial(bundle: Bundle, graph: str, dataset: Dataset) -> Trial:
     """What a finished bundle's artifacts of that graph are judged by."""
-    text = TextAssets.read(bundle.root / "assets")
-    labels = read_json(bundle.root / bundle.assets["labels"], list) if "labels" in bundle.assets else []
-    reference = bundle.root / f"reference/{graph}.npz"
-    names = [str(name) for name in labels]
-    return Trial.of(bundle.graphs[graph], text, names, dataset.items, reference, bundle.budget)
+    exam = exams.of(graph, setting(bundle, dataset))
+    return Trial.of(exam, bundle.root / f"reference/{graph}.npz", bundle.budget)
+
+
+def setting(bundle: Bundle, dataset: Dataset) -> exams.Setting:
+    """What a finished bundle's exams are set from."""
+    root = bundle.root
+    return exams.Setting(bundle.graphs, root / "assets", dataset, lambda graph: root / f"reference/{graph}.npz")
 
 
 def repeat(bundle: Bundle, dataset: Dataset, threads: int | None = None) -> tuple[Repeated, ...]:
@@ -355,8 +248,11 @@ def repeat(bundle: Bundle, dataset: Dataset, threads: int | None = None) -> tupl
 
 def _again(bundle: Bundle, artifact: Artifact, trial: Trial, threads: int | None) -> Repeated:
     backend, variant = backends.get(artifact.target.backend), bundle.variants[artifact.variant]
-    typed = None if artifact.ran else bundle.root / f"graphs/{artifact.variant}/{artifact.graph}.onnx"
-    found = trial.run(backend, bundle.root / artifact.path, variant, artifact.target, typed, threads)
+    pair = (artifact.variant, artifact.target.name)
+    beside = [a for a in bundle.artifacts if (a.variant, a.target.name) == pair]
+    paths = {a.graph: bundle.root / a.path for a in beside}
+    typed = {a.graph: bundle.root / f"graphs/{a.variant}/{a.graph}.onnx" for a in beside}
+    found = trial.run(backend, paths, variant, artifact.target, None if artifact.ran else typed, threads)
     ran = not found.reason
     if found.verified_on == NOT_VERIFIED:
         return Repeated(artifact, artifact.verdict, made=False, reason=found.reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class ModelOptions:
     """What a recipe says of the model beside its source.
 
-    max_length None: the model's own limit, in tokens. labels empty: those of the checkpoint.
+    max_length None: the model's own limit, in tokens. labels, templates empty: those of the checkpoint.
     """
 
     tasks: tuple[str, ...]
@@ -35,6 +35,7 @@ class ModelOptions:
     normalize: bool = True
     max_length: int | None = None
     labels: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Traced:
 
     exported: torch.export.ExportedProgram over fake tensors. parameters: its parameter or buffer name -> the
     checkpoint's tensor name, for every one that the graph may hold. prefixes: module paths that names in the graph
-    leave out, the longest first, so that a layer is called the same in every task's graph.
+    leave out, the longest first, so that a layer is called the same in every task's graph. constants: parameter or
+    buffer name -> array, of those that no checkpoint holds.
     """
 
     exported: Any
     parameters: Mapping[str, str]
     prefixes: tuple[str, ...] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Family(Protocol):

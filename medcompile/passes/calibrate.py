@@ -33,12 +33,14 @@ _HELD_BYTES = 256 * 2**20
 class Calibrate:
     """Program.statistics[graph name][tensor name]: Statistics of every tensor that a linear layer reads.
 
+    graphs: only these are observed; empty is all.
     minimum: fewest calibration items (rows of the batches' first axis) that are taken for enough.
     Padding is left out: where a feed holds `attention_mask` [batch, sequence], a tensor that has those two axes in
     front (or both in one) is observed at the mask's ones only.
     Raises CalibrationError on too few items, a NaN or Inf (naming the tensor), or no data at all.
     """
 
+    graphs: tuple[str, ...] = ()
     minimum: int = 32
     name: str = "calibrate"
     version: int = 2
@@ -46,7 +48,8 @@ class Calibrate:
     gives: Stage = Stage.CALIBRATED
 
     def __call__(self, program: Program, ctx: Context) -> Program:
-        statistics = {name: self._observe(graph, ctx) for name, graph in program.graphs.items()}
+        graphs = {name: graph for name, graph in program.graphs.items() if not self.graphs or name in self.graphs}
+        statistics = {name: self._observe(graph, ctx) for name, graph in graphs.items()}
         return dataclasses.replace(program, statistics=statistics, stage=self.gives)
 
     def _observe(self, graph: Graph, ctx: Context) -> Mapping[str, Statistics]:

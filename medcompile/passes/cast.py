@@ -32,11 +32,14 @@ _SCALINGS = 4
 class Cast:
     """keep: glob patterns over names of nodes that stay in fp32 (as in Quantize), beside the operators that always do.
 
+    graphs: only these are cast; empty is all.
+
     Raises PassError naming a weight that goes beyond the dtype, when the result is written.
     """
 
     dtype: Precision
     keep: tuple[str, ...] = ()
+    graphs: tuple[str, ...] = ()
     name: str = "cast"
     version: int = 2
     needs: Stage = Stage.SIMPLIFIED
@@ -47,7 +50,7 @@ class Cast:
         for done, (name, graph) in enumerate(program.graphs.items()):
             ctx.progress.step(name, done, len(program.graphs))
             model = graph.model
-            if self.dtype is not Precision.FLOAT32:
+            if self.dtype is not Precision.FLOAT32 and (not self.graphs or name in self.graphs):
                 model = model.clone()
                 _Lowering(model, self.dtype, self.keep).run()
             graphs[name] = Graph(graph.spec, model)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import PassError, SourceError
-from medcompile.models import Family, ModelOptions
+from medcompile.models import Family, ModelOptions, Traced
 from medcompile.program import Graph, Program
 from medcompile.spec import GraphSpec, Stage
 
@@ -61,7 +61,7 @@ def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOpt
         raise PassError(f"export: {task}: torch.onnx gave no program", fix="run with -v and look at torch's messages")
     model: ir.Model = program.model
     _name_nodes(model, traced.prefixes)
-    _bind(model, traced.parameters, tensors, task)
+    _bind(model, traced, tensors, task)
     for name, value in list(model.graph.initializers.items()):
         value.name = _without(name, traced.prefixes)
     _strip(model)
@@ -70,8 +70,9 @@ def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOpt
     return model
 
 
-def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, Any], task: str) -> None:
-    """Point every initializer at its bytes in the checkpoint. One that has no bytes is a fault of the family's file."""
+def _bind(model: ir.Model, traced: Traced, tensors: Mapping[str, Any], task: str) -> None:
+    """Point every initializer at its bytes in the checkpoint, or at what the family computed. One that has no bytes is
+    a fault of the family's file."""
     import ml_dtypes
     import numpy as np
     import onnx_ir as ir
@@ -82,7 +83,10 @@ def _bind(model: ir.Model, parameters: Mapping[str, str], tensors: Mapping[str, 
         if not value.uses():
             del graph.initializers[name]
             continue
-        stored = parameters.get(name)
+        if name in traced.constants:
+            value.const_value = ir.Tensor(traced.constants[name], name=name)
+            continue
+        stored = traced.parameters.get(name)
         if stored is None:
             raise PassError(
                 f"export: {task}: the graph holds {name}, which no tensor of the checkpoint gives",

@@ -58,6 +58,9 @@ class Quantize:
         _check_keep(variant, program)
         graphs = {}
         for name, graph in program.graphs.items():
+            if not variant.on(name).quantized:
+                graphs[name] = graph
+                continue
             model = graph.model.clone()
             groups = linear_groups(model)
             for done, group in enumerate(groups):
@@ -103,7 +106,8 @@ def _check(variant: Variant) -> None:
 
 def _check_keep(variant: Variant, program: Program) -> None:
     """A pattern that names no linear layer of any graph is a typing error, and would quantize what must not be."""
-    names = [n.name or "" for g in program.graphs.values() for group in linear_groups(g.model) for n in group.nodes]
+    lowered = [graph for name, graph in program.graphs.items() if variant.on(name).quantized]
+    names = [n.name or "" for g in lowered for group in linear_groups(g.model) for n in group.nodes]
     for pattern in variant.keep:
         if not any(kept(name, (pattern,)) for name in names):
             raise QuantizeError(

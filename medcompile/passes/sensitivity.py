@@ -51,7 +51,8 @@ def sensitivity(
             "sensitivity needs a variant and calibration data",
             fix="name a data manifest under calibration.data in the recipe",
         )
-    return {name: _rank(graph, program, ctx, ctx.variant, quantize, batches) for name, graph in program.graphs.items()}
+    graphs = {name: graph for name, graph in program.graphs.items() if ctx.variant.on(name).quantized}
+    return {name: _rank(graph, program, ctx, ctx.variant, quantize, batches) for name, graph in graphs.items()}
 
 
 def _rank(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -22,11 +23,19 @@ from medcompile.errors import BackendUnavailable, OverBudgetError, UsageError
 from medcompile.runtime.encoder import Encoder, Fill, Score
 from medcompile.runtime.entities import Entity
 from medcompile.runtime.text import Text, TextAssets, read_json
+from medcompile.runtime.towers import Prompts, Towers
 from medcompile.spec import Artifact, Precision, Target, Variant, Verdict
+
+if TYPE_CHECKING:
+    from medcompile.runtime.image import Image
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 AUTO = "auto"
 MEANINGLESS = "null"
 """The backend that answers zeros: it runs only when named."""
+
+_TOWERS = {"image", "text"}
 
 log = logging.getLogger("medcompile")
 
@@ -73,12 +82,30 @@ class Session:
         self.target = choice.target
         self._executors = executors
         loaded.check(loaded.under("assets"))
-        labels = read_json(loaded.root / loaded.assets["labels"], list) if "labels" in loaded.assets else []
-        self.encoder = Encoder(
-            TextAssets.read(loaded.root / "assets"), self._executors, loaded.graphs, [str(name) for name in labels]
-        )
+        self._assets = loaded.root / "assets"
 
-    def embed(self, texts: Text | Iterable[Text]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    @cached_property
+    def encoder(self) -> Encoder:
+        """A text encoder's tasks. Raises UsageError for a bundle of another kind."""
+        self._check_kind("a text encoder", not _TOWERS & set(self.bundle.graphs))
+        labels = read_json(self._assets / "labels.json", list) if "labels" in self.bundle.assets else []
+        names = [str(name) for name in labels]
+        return Encoder(TextAssets.read(self._assets), self._executors, self.bundle.graphs, names)
+
+    @cached_property
+    def towers(self) -> Towers:
+        """An image and a text tower, or one of them. Raises UsageError for a bundle of another kind."""
+        self._check_kind("a model of images and texts", bool(_TOWERS & set(self.bundle.graphs)))
+        return Towers.read(self._assets, self._executors, self.bundle.graphs)
+
+    def _check_kind(self, what: str, right: bool) -> None:
+        if not right:
+            raise UsageError(
+                f"{self.bundle.name} is not {what}; its tasks are: {', '.join(self.bundle.tasks)}",
+                fix="call what goes with these tasks; docs/runtime.md lists them",
+            )
+
+    def embed(self, texts: Text | Iterable[Text]) -> Vectors:
         """Embeddings, float32 [n, hidden]: see Encoder.embed."""
         return self.encoder.embed(texts)
 
@@ -97,6 +124,20 @@ class Session:
     def fill_mask(self, text: Text, top_k: int = 5) -> list[list[Fill]]:
         """Candidates for each mask token of one text: see Encoder.fill_mask."""
         return self.encoder.fill_mask(text, top_k)
+
+    def embed_images(self, images: Image | Iterable[Image], *, normalize: bool = True) -> Vectors:
+        """Embeddings of paths, bytes, arrays or PIL images, float32 [n, dim]: see Towers.embed_images."""
+        return self.towers.embed_images(images, normalize=normalize)
+
+    def embed_texts(self, texts: Text | Iterable[Text], *, normalize: bool = True) -> Vectors:
+        """Embeddings in the space of the images, float32 [n, dim]: see Towers.embed_texts."""
+        return self.towers.embed_texts(texts, normalize=normalize)
+
+    def match(
+        self, images: Image | Iterable[Image], prompts: Prompts, templates: Sequence[str] | None = None
+    ) -> Vectors:
+        """How probable each prompt is for each image, float32 [n, prompts]: see Towers.match."""
+        return self.towers.match(images, prompts, templates)
 
     def close(self) -> None:
         """Free the executors. Safe to call twice; any later call raises UsageError."""
@@ -156,7 +197,7 @@ class _Executors(Mapping[str, Executor]):
                 self._open[graph] = self._backend.load(
                     self._bundle.root / artifact.path,
                     self._bundle.graphs[graph],
-                    self._choice.variant,
+                    self._choice.variant.on(graph),
                     self._choice.target,
                     self._threads,
                 )

@@ -10,14 +10,17 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medcompile.backends import Executor
-from medcompile.errors import InputError, ProfileError, UsageError
+from medcompile.errors import BundleError, InputError, ProfileError, UsageError
 from medcompile.runtime.flow import ahead
-from medcompile.runtime.text import Text, TextAssets, checked
+from medcompile.runtime.stream import Stream
+from medcompile.runtime.text import Text, TextAssets, checked, read_json
 from medcompile.spec import Axis, GraphSpec, Profile
 
 if TYPE_CHECKING:
@@ -72,6 +75,25 @@ class Towers:
         self._executors = executors
         self._graphs = graphs
 
+    @classmethod
+    def read(cls, assets: Path, executors: Mapping[str, Executor], graphs: Mapping[str, GraphSpec]) -> Towers:
+        """From a bundle's assets folder: towers.json, and what the towers that are in graphs need beside it."""
+        from medcompile.runtime.image import ImageTransform
+
+        facts = read_json(assets / "towers.json", dict)
+        try:
+            return cls(
+                TextAssets.read(assets) if "text" in graphs else None,
+                ImageTransform.read(assets) if "image" in graphs else None,
+                executors,
+                graphs,
+                logit_scale=float(facts["logit_scale"]),
+                logit_bias=float(facts["logit_bias"]),
+                templates=[str(template) for template in facts["templates"]],
+            )
+        except KeyError as error:
+            raise BundleError(f"{assets / 'towers.json'}: no {error}", fix="rebuild the bundle") from None
+
     def embed_images(
         self, images: image.Image | Iterable[image.Image], *, normalize: bool = True, resolution: int | None = None
     ) -> Array:
@@ -84,7 +106,7 @@ class Towers:
         results = list(self.images(images, normalize=normalize, resolution=resolution))
         bad = [(r.index, r.error) for r in results if r.error is not None]
         if bad:
-            told = [f"  image {i}: {error.message}" for i, error in bad[:NAMED]]
+            told = [f"  [{i}] {error.message}" for i, error in bad[:NAMED]]
             more = [f"  and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
             raise InputError(
                 "\n".join([f"{len(bad)} of {len(results)} images can't be used:", *told, *more]),
@@ -106,13 +128,13 @@ class Towers:
         held: list[Array | InputError] = []
         good = done = 0
 
-        def pixels(source: image.Image) -> Array | InputError:
+        def pixels(numbered: tuple[int, image.Image]) -> Array | InputError:
             try:
-                return transform.pixels(source, resolution=resolution)
+                return transform.pixels(numbered[1], resolution=resolution, name=f"image {numbered[0]}")
             except InputError as error:
                 return error
 
-        for prepared in ahead(pixels, _listed(images), depth=2 * batch.max):
+        for prepared in ahead(pixels, enumerate(_listed(images)), depth=2 * batch.max):
             held.append(prepared)
             good += not isinstance(prepared, InputError)
             if good == batch.max:
@@ -170,6 +192,43 @@ class Towers:
         logits = self.logit_scale * (images.astype(np.float64) @ classes.astype(np.float64).T) + self.logit_bias
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
         return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)
+
+    def stream(
+        self,
+        source: Iterable[Any],
+        task: str = "image",
+        *,
+        max_latency_ms: float,
+        batch: int | None = None,
+        capacity: int | None = None,
+        normalize: bool = True,
+        resolution: int | None = None,
+    ) -> Stream[Any, Array]:
+        """Embeddings, float32 [dim], of images or texts as they come, each an Answer: see Stream.
+
+        source: images or texts, or Requests of them. task: `image` or `text`. batch: None for the profile's opt.
+        """
+        if task == "text":
+            usual = max((a.opt for p in self._graph(task).profiles for a in p.axes if a.name == "batch"), default=1)
+            return Stream(
+                source,
+                partial(self.embed_texts, normalize=normalize),
+                batch=usual if batch is None else batch,
+                max_latency_ms=max_latency_ms,
+                capacity=capacity,
+            )
+        if task != "image":
+            raise UsageError(f"towers have no task {task!r}", fix="choose image or text")
+        spec, transform = self._image_tower()
+        axis = image_batch(spec, (resolution, resolution) if resolution else transform.size)
+        return Stream(
+            source,
+            partial(self._embed_pixels, spec, batch=axis, normalize=normalize),
+            batch=axis.opt if batch is None else min(batch, axis.max),
+            max_latency_ms=max_latency_ms,
+            prepare=partial(transform.pixels, resolution=resolution),
+            capacity=capacity,
+        )
 
     # ---- one tower each
 
