@@ -33,6 +33,7 @@ from medcompile.runtime.limits import check_frame, check_size, stretched
 from medcompile.runtime.text import read_json
 
 if TYPE_CHECKING:
+    import PIL.Image
     from PIL.Image import Image as PilImage
 
     Image = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | PilImage
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-NEAREST_LIMIT = 1 << 24
-"""Pixels that a nearest-neighbour resize may hold before its crop."""
+WHOLE_LIMIT = 1 << 24
+"""Pixels that a resize may hold before its crop: a line of 1 x 50,000 would become 224 x 11,200,000."""
 
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM", "JPEG2000")
 """What Pillow may try: formats that hold pixels alone, none that runs an interpreter."""
@@ -158,13 +159,12 @@ class ImageTransform:
         (width, height), (full_h, full_w) = image.size, self._scaled(image.size, wanted)
         top, left = self._lead(full_h, wanted[0]), self._lead(full_w, wanted[1])
         y, x, h, w = max(top, 0), max(left, 0), min(full_h, wanted[0]), min(full_w, wanted[1])
-        nearest = resample == PIL.Image.Resampling.NEAREST or image.mode in ("1", "P")
-        if nearest and full_h * full_w <= NEAREST_LIMIT:
-            # Nearest neighbours tip over at ties, so only the whole resize gives the same ones.
-            image = image.resize((full_w, full_h), resample).crop((x, y, x + w, y + h))
+        shrinks = full_h <= height and full_w <= width and resample != PIL.Image.Resampling.NEAREST
+        if (shrinks and image.mode in ("L", "RGB", "CMYK")) or full_h * full_w > WHOLE_LIMIT:
+            image = _resized_part(image, (full_w, full_h), (x, y, x + w, y + h), resample)
         else:
-            box = (x * width / full_w, y * height / full_h, (x + w) * width / full_w, (y + h) * height / full_h)
-            image = image.resize((w, h), resample, box=box)
+            # Whole, then cropped. Only so are nearest neighbours the same at ties and alpha's divisions the same.
+            image = image.resize((full_w, full_h), resample).crop((x, y, x + w, y + h))
         if (h, w) == wanted:
             return image
         # In the file's own mode, as open_clip pads: a palette's colour 0, a CMYK without ink, which is white.
@@ -323,6 +323,28 @@ def _loaded(image: PilImage, name: str) -> PilImage:
         if image.mode.startswith("I"):
             return from_array(stretched(np.asarray(image)), name)
     return image
+
+
+def _resized_part(
+    image: PilImage, size: tuple[int, int], part: tuple[int, int, int, int], resample: PIL.Image.Resampling
+) -> PilImage:
+    """What image.resize(size).crop(part) gives, within one level, without the pixels outside part.
+
+    Rows first and columns after, as Pillow's own resize does: in one call with a box it may turn the order around, and
+    what is cut off at 0 and 255 in between is then another.
+    """
+    (width, height), (full_w, full_h), (left, top, right, bottom) = image.size, size, part
+    step = height / full_h
+    reach = 3 * max(1, step) + 1  # the widest filter, Lanczos, has a support of 3
+    first, last = max(0, int(top * step - reach)), min(height, int(bottom * step + reach) + 1)
+    if (first, last) != (0, height):
+        image = image.crop((0, first, width, last))
+    rows = last - first
+    columns = (left * width / full_w, 0, right * width / full_w, rows)
+    image = image.resize((right - left, rows), resample, box=columns)
+    return image.resize(
+        (right - left, bottom - top), resample, box=(0, top * step - first, right - left, bottom * step - first)
+    )
 
 
 def _flat(image: PilImage, *, on_white: bool) -> PilImage:
