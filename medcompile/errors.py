@@ -15,6 +15,7 @@ MedcompileError                    exit 1
 │   └── BackendUnavailable         its library or device is not here
 ├── ProfileError                   a shape lies outside every profile
 ├── InputError                     a text, image or file given to a session can't be used
+├── CacheFull                      the pool of keys and values has no room for what was asked
 └── OverBudgetError                exit 3   built, but no variant is non-inferior
 """
 
@@ -126,6 +127,10 @@ class ProfileError(MedcompileError):
 
 
 class InputError(MedcompileError):
+    pass
+
+
+class CacheFull(MedcompileError):
     pass
 
 
