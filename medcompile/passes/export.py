@@ -100,7 +100,7 @@ def _bind(model: ir.Model, traced: Traced, tensors: Mapping[str, Any], task: str
             ref.offset,
             ref.nbytes,
             dtype,
-            shape=ir.Shape(ref.shape),
+            shape=value.shape or ir.Shape(ref.shape),  # a patch embedding is asked for flat
             name=name,
             base_dir=ref.file.parent,
         )
