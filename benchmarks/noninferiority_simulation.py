@@ -18,17 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
+from medcompile.metrics.intervals import NORMAL, resampled_totals
 from medcompile.metrics.intervals import RESAMPLES as REAL_RESAMPLES
-from medcompile.metrics.intervals import resampled_totals
 from medcompile.metrics.judge import verdict
-from medcompile.metrics.material import per_unit
+from medcompile.metrics.material import per_unit, renumbered
+from medcompile.metrics.pairs import auroc_sample
 from medcompile.metrics.samples import PairedFlips, PairedTotals, UnitTotals
 from medcompile.metrics.tasks import COSINE_RESOLUTION
 from medcompile.spec import Margin, Verdict
 
 RESAMPLES = 1_000
 CONFIDENCE = 0.95
-Draw = Callable[[np.random.Generator, float], PairedFlips | PairedTotals]
+Flips = Callable[[np.random.Generator, float], PairedFlips]
+Totals = Callable[[np.random.Generator, float], PairedTotals]
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Scenario:
 
     name: str
     margin: float
-    draw: Draw
+    draw: Flips | Totals
 
 
-def accuracy(margin: float, two_way: float = 0.0, documents: int = 500, clump: float = 0.0) -> Draw:
+def accuracy(margin: float, two_way: float = 0.0, documents: int = 500, clump: float = 0.0) -> Flips:
     """500 items; gains at the rate two_way, losses at two_way + drop. clump: correlation of losses in a document."""
     items = 500
 
@@ -60,7 +62,7 @@ def accuracy(margin: float, two_way: float = 0.0, documents: int = 500, clump: f
     return draw
 
 
-def agreement(margin: float, clump: float) -> Draw:
+def agreement(margin: float, clump: float) -> Flips:
     """923 sentences of 25 words; words that disagree with the reference clump in sentences with that correlation."""
     sentences, words = 923, 25
 
@@ -74,7 +76,7 @@ def agreement(margin: float, clump: float) -> Draw:
     return draw
 
 
-def entity_f1(margin: float, two_way: float = 0.0, documents: int = 0) -> Draw:
+def entity_f1(margin: float, two_way: float = 0.0, documents: int = 0) -> Totals:
     """923 sentences with 0.85 entities each, reference F1 about .82; the candidate loses (and gains) whole entities.
 
     documents: the sentences come in that many, which differ in their entities and in how the candidate fares.
@@ -108,7 +110,7 @@ def entity_f1(margin: float, two_way: float = 0.0, documents: int = 0) -> Draw:
     return draw
 
 
-def cosine(margin: float, spread: float, documents: int = 0) -> Draw:
+def cosine(margin: float, spread: float, documents: int = 0) -> Totals:
     """500 texts whose 1 - cosine is lognormal with that log-spread (half of its variance by document, if any)."""
     texts = 500
 
@@ -127,6 +129,84 @@ def cosine(margin: float, spread: float, documents: int = 0) -> Draw:
     return draw
 
 
+def of_one_class(margin: float, two_way: float) -> Flips:
+    """accuracy[label] of a class that 30 % of 500 items have; gains at the rate two_way, losses at two_way + drop."""
+    everyone = accuracy(margin, two_way)
+
+    def draw(rng: np.random.Generator, drop: float) -> PairedFlips:
+        drawn, of = everyone(rng, drop), rng.random(500) < 0.3
+        return PairedFlips(drawn.reference_right[of], drawn.candidate_right[of], renumbered(drawn.unit[of]))
+
+    return draw
+
+
+def retrieval(margin: float, k: int, documents: int = 500) -> Flips:
+    """recall@k of 500 pairs whose partner's rank is geometric. The candidate ranks one in ten anew, and loses some.
+
+    documents: the pairs come in that many; half of the losses are lost by a whole document.
+    """
+    pairs, stays = 500, 0.6
+
+    def draw(rng: np.random.Generator, drop: float) -> PairedFlips:
+        unit = np.arange(pairs) * documents // pairs
+        rank = rng.geometric(stays, pairs) - 1
+        again = np.where(rng.random(pairs) < 0.1, rng.geometric(stays, pairs) - 1, rank)
+        fate = np.where(rng.random(pairs) < 0.5, rng.random(documents)[unit], rng.random(pairs))
+        lost = fate < drop / (1 - (1 - stays) ** k)
+        return PairedFlips(rank < k, np.where(lost, pairs, again) < k, unit)
+
+    return draw
+
+
+def auroc(margin: float, jitter: float = 0.0, fall: bool = False, items: int = 500, documents: int = 0) -> Totals:
+    """Plain AUROC of .92, 30 % positive. jitter: noise of the candidate's scores, of which the reference's spread is 1.
+
+    fall: the drop is made by positives that fall below everything, and (half as many at zero drop) by others that rise
+    above it; else by jitter that blurs a smaller difference of the classes. documents: the items come in that many,
+    which share half of the jitter's variance, and fall as a whole.
+    """
+    area = 0.92
+
+    def apart(wanted: float, variance: float) -> float:
+        return NORMAL.inv_cdf(wanted) * math.sqrt(2 * variance)
+
+    def draw(rng: np.random.Generator, drop: float) -> PairedTotals:
+        units = documents or items
+        unit = np.arange(items) * units // items
+        mine = rng.random(items) < 0.3
+        common = rng.normal(size=items)
+        noise = math.sqrt(0.5) * (rng.normal(size=units)[unit] + rng.normal(size=items))
+        reference = common + apart(area, 1) * mine
+        kept = area if fall else area - drop
+        candidate = common + jitter * noise + apart(kept, 1 + jitter**2) * mine
+        if fall:
+            fate = rng.random(units)[unit]
+            candidate = np.where(mine & (fate < (margin + drop) / 2 / area), -50.0, candidate)
+            candidate = np.where(mine & (fate > 1 - (margin - drop) / 2 / (1 - area)), 50.0, candidate)
+        reference, candidate = (np.stack([-s, s], axis=1) for s in (reference, candidate))
+        return auroc_sample(reference, candidate, mine.astype(int), np.array([0, 1]), unit, RESAMPLES)
+
+    return draw
+
+
+def macro_auroc(margin: float, jitter: float) -> Totals:
+    """Mean AUROC of six classes, 900 items, with jitter; the drop is made by items that are ranked wrong everywhere."""
+    items, classes, area = 900, 6, 0.92
+
+    def draw(rng: np.random.Generator, drop: float) -> PairedTotals:
+        gold = rng.integers(0, classes, items)
+        mine = np.eye(classes, dtype=bool)[gold]
+        step = NORMAL.inv_cdf(area) * math.sqrt(2)
+        reference = rng.normal(size=(items, classes)) + step * mine
+        noise = jitter * rng.normal(size=(items, classes))
+        candidate = reference + noise + step * (math.sqrt(1 + jitter**2) - 1) * mine
+        lost = rng.random(items) < 1 - math.sqrt(1 - drop / area)
+        candidate[lost] = np.where(mine[lost], -50.0, 50.0)
+        return auroc_sample(reference, candidate, gold, np.arange(classes), np.arange(items), RESAMPLES)
+
+    return draw
+
+
 def scenarios() -> list[Scenario]:
     flips = [("one-way flips", 0.0, m) for m in (0.001, 0.005, 0.006, 0.01, 0.02)]
     flips += [("two-way flips (1 % gains)", 0.01, m) for m in (0.005, 0.01, 0.02)]
@@ -140,6 +220,25 @@ def scenarios() -> list[Scenario]:
     rows.append(Scenario("cosine, 500 texts, log-spread 0.5", 0.005, cosine(0.005, 0.5)))
     rows.append(Scenario("cosine, 500 texts, log-spread 1.0", 0.005, cosine(0.005, 1.0)))
     rows.append(Scenario("cosine, 500 texts in 100 documents", 0.005, cosine(0.005, 0.7, documents=100)))
+    for m in (0.02, 0.05):
+        rows.append(Scenario("accuracy of a class, 30 % of 500", m, of_one_class(m, 0.0)))
+        rows.append(Scenario("accuracy of a class, 30 % of 500, 1 % gains", m, of_one_class(m, 0.01)))
+    for m in (0.02, 0.04):
+        rows.append(Scenario("recall@1, 500 pairs", m, retrieval(m, 1)))
+        rows.append(Scenario("recall@5, 500 pairs", m, retrieval(m, 5)))
+        rows.append(Scenario("recall@5, 500 pairs in 100 documents", m, retrieval(m, 5, 100)))
+    for m in (0.01, 0.03):
+        rows.append(Scenario("AUROC, 150 of 500 positive, jitter", m, auroc(m, 0.3)))
+        rows.append(Scenario("AUROC, 150 of 500 positive, falls", m, auroc(m, fall=True)))
+        rows.append(Scenario("AUROC, 150 of 500 positive, falls and jitter", m, auroc(m, 0.1, fall=True)))
+    for m in (0.03, 0.06):
+        rows.append(Scenario("AUROC, 500 in 100 documents, jitter", m, auroc(m, 0.3, documents=100)))
+        rows.append(Scenario("AUROC, 500 in 100 documents, falls and jitter", m, auroc(m, 0.1, True, documents=100)))
+    rows.append(Scenario("AUROC, 600 of 2000 positive, jitter", 0.01, auroc(0.01, 0.3, items=2000)))
+    rows.append(Scenario("AUROC, 600 of 2000 positive, falls and jitter", 0.01, auroc(0.01, 0.1, True, 2000)))
+    rows.append(Scenario("AUROC, 12 of 40 positive, jitter", 0.1, auroc(0.1, 0.5, items=40)))
+    rows.append(Scenario("AUROC, 12 of 40 positive, falls and jitter", 0.1, auroc(0.1, 0.1, True, 40)))
+    rows += [Scenario("macro AUROC, 6 classes, 900 items, falls", m, macro_auroc(m, 0.1)) for m in (0.01, 0.02)]
     return rows
 
 
@@ -151,10 +250,10 @@ def percentile_says_non_inferior(sample: PairedFlips | PairedTotals, margin: flo
         totals = resampled_totals(rows, RESAMPLES)
         differences = totals[:, 0] / totals[:, 1]
     else:
-        totals, width = resampled_totals(sample.totals.rows, RESAMPLES), sample.totals.reference.shape[1]
-        differences = sample.score(totals[:, :1], totals[:, 1 + width :]) - sample.score(
-            totals[:, :1], totals[:, 1 : 1 + width]
-        )
+        parts = (sample.totals.common, sample.totals.reference)
+        totals, ends = resampled_totals(sample.totals.rows, RESAMPLES), np.cumsum([p.shape[1] for p in parts])
+        common, reference, candidate = np.split(totals, ends, axis=1)
+        differences = sample.score(common, candidate) - sample.score(common, reference)
     return bool(np.quantile(differences, 1 - CONFIDENCE) > -margin)
 
 

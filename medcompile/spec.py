@@ -197,7 +197,7 @@ class Evidence:
     margin None: reported only, not judged, and verdict is None. samples counts items, units what was resampled.
     discordant: items whose decision differs from the reference's (None where the metric has no decisions).
     power: chance of "non-inferior" at zero true drop; samples_needed: items for a power of 0.8.
-    note: why a verdict does not follow from the interval alone (a margin below one event).
+    note: what a verdict does not say alone (a margin below one event; what an extreme leaves open; NaN).
     """
 
     metric: str

@@ -65,7 +65,7 @@ def auroc_sample(
     A U-statistic is no function of totals, but its projection is: each item's placement (the share of the other side
     that it is ranked right against; DeLong, DeLong and Clarke-Pearson 1988) less half the area, averaged over each
     side, gives the area itself, and in resamples of units the spread that DeLong's variance has. Scores that are NaN
-    or Inf are ranked wrong against everything. Every class needs items on both sides.
+    or Inf in any class are ranked wrong against everything. Every class needs items on both sides.
     """
     mine = gold[:, None] == classes
     sides = [mine.sum(axis=0), (~mine).sum(axis=0)]
@@ -73,6 +73,7 @@ def auroc_sample(
 
     def placements(scores: Floats) -> Floats:
         """[units, 2 x classes]: sums over the items of the class, then over the others."""
+        scores = np.where(np.isfinite(scores).all(axis=1, keepdims=True), scores, np.nan)
         columns = [_placements(scores[:, c], mine[:, i]) for i, c in enumerate(classes)]
         placed = np.stack(columns, axis=1)
         centred = placed - np.where(mine, placed, 0.0).sum(axis=0) / sides[0] / 2
@@ -94,8 +95,8 @@ def auroc_sample(
 
 
 def _placements(scores: Floats, mine: NDArray[np.bool_]) -> Floats:
-    """The share of the other side that each item is ranked right against, ties half. [n], [n] -> [n]."""
-    scores = np.where(np.isfinite(scores), scores, np.where(mine, -np.inf, np.inf))
+    """The share of the other side that each item is ranked right against, ties half, NaN wrong. [n], [n] -> [n]."""
+    scores = np.where(~np.isnan(scores), scores, np.where(mine, -np.inf, np.inf))
     placed = np.empty(len(scores))
     for side, sign in ((mine, 1.0), (~mine, -1.0)):
         others = np.sort(sign * scores[~side])

@@ -47,16 +47,17 @@ def _entity_metric(name: str, m: Material) -> Sample:
     m.known(name)
     score, label = name.partition("[")[0], label_of(name)
     totals = m.entity_totals(label)
-    events = totals.reference[:, 0] if score == "precision" else totals.common[:, 0]
+    events = float((totals.reference if score == "precision" else totals.common)[:, 0].sum())
     if label is None:
         differing = sum(not np.array_equal(r, c) for r, c in zip(m.reference.values, m.candidate.values, strict=True))
-        return PairedTotals(totals, scores[score], m.items, float(events.sum()), differing)
+        largest = 1 / events if 0 < events < m.items else None  # entities are rarer than sentences
+        return PairedTotals(totals, scores[score], m.items, events, differing, largest=largest)
     if not totals.common.any():
         raise no_item_with(name, label)
     # Most sentences hold no entity of one type: they say nothing of it, and would make a rare type look well tested.
     telling = (totals.common > 0).any(axis=1) if score == "recall" else (totals.rows > 0).any(axis=1)
     totals = UnitTotals(totals.common[telling], totals.reference[telling], totals.candidate[telling])
-    return PairedTotals(totals, scores[score], int(events.sum()), float(events.sum()), totals.differing)
+    return PairedTotals(totals, scores[score], int(events), events, totals.differing)
 
 
 def _word_agreement(name: str, m: Material) -> Sample:
