@@ -44,7 +44,8 @@ class Index:
     def __init__(self, dim: int, *, digest: str = "") -> None:
         self.dim = dim
         self.digest = digest
-        self._keys: dict[str, None] = {}  # in the order of the rows
+        self._keys: list[str] = []  # in the order of the rows; only ever appended to
+        self._known: set[str] = set()
         self._blocks: list[Array] = []
         self._lock = threading.Lock()
 
@@ -65,7 +66,8 @@ class Index:
         Raises InputError for a size that differs, a NaN or infinity, or a key that is no str or is there already.
         """
         rows = self._unit(embeddings)
-        if isinstance(keys, str) or len(keys) != len(rows):
+        keys = [keys] if isinstance(keys, str) else list(keys)
+        if len(keys) != len(rows):
             raise InputError(
                 f"{len(rows)} embeddings but {len(keys)} keys", fix="give one key per embedding, in a list"
             )
@@ -73,13 +75,14 @@ class Index:
             if not isinstance(key, str):
                 raise InputError(f"key {i} is {type(key).__name__}, not str", fix="convert it: str(key)")
         with self._lock:
-            fresh = dict.fromkeys(keys)
-            twice = len(keys) - len(fresh) + len(fresh.keys() & self._keys.keys())
+            fresh = set(keys) - self._known
+            twice = len(keys) - len(fresh)
             if twice:
                 raise InputError(
                     f"{twice} of {len(keys)} keys are there already", fix="give each embedding its own key"
                 )
-            self._keys |= fresh
+            self._keys += keys
+            self._known |= fresh
             self._blocks.append(rows)
 
     def search(self, query: Array, k: int = 10) -> list[Hit]:
@@ -93,20 +96,20 @@ class Index:
         """The k best for each of queries [n, dim]: fewer where the index holds fewer."""
         if k < 1:
             raise UsageError(f"k is {k}; it must be at least 1")
-        rows, keys = self._unit(queries), []
+        rows = self._unit(queries)
         with self._lock:
-            matrix, keys = self._merged(), list(self._keys)
-        k = min(k, len(keys))
+            matrix = self._merged()
+        k = min(k, len(matrix))
         if not k:
             return [[] for _ in rows]
-        step = max(1, BLOCK_BYTES // (4 * len(keys)))
+        step = max(1, BLOCK_BYTES // (4 * len(matrix)))
         found = []
         for at in range(0, len(rows), step):
             for scores in rows[at : at + step] @ matrix.T:
                 least = np.partition(scores, len(scores) - k)[len(scores) - k]
                 among = np.flatnonzero(scores >= least)  # every one that ties for the last place
                 best = among[np.argsort(-scores[among], kind="stable")][:k]
-                found.append([Hit(keys[i], float(scores[i])) for i in best])
+                found.append([Hit(self._keys[i], float(scores[i])) for i in best])
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:

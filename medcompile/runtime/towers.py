@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from medcompile.runtime.image import ImageTransform
 
 Array = np.ndarray[Any, Any]
-Prompts = Sequence[str] | Mapping[str, str | Sequence[str]]
-"""What each class is called: one name each, or by label one name or several. Every name goes into every template."""
+Prompts = Sequence[str | Sequence[str]] | Mapping[str, str | Sequence[str]]
+"""What each class is called, in a list or by label: one name or several. Every name goes into every template."""
 
 BATCH_BYTES = 32 * 2**20
 """Pixels of one batch at most, unless one image alone takes more; three batches are in memory at a time."""
@@ -295,13 +295,13 @@ def image_batch(spec: GraphSpec, size: tuple[int, int]) -> Axis:
     return Axis(widest.name, widest.min, min(max(widest.opt, widest.min), most), most)
 
 
-def _listed(images: image.Image | Iterable[image.Image]) -> Iterable[image.Image]:
+def _listed(images: Any) -> Iterable[image.Image]:
     """Several images, whatever was given; an array of four dimensions is several."""
     from PIL import Image
 
-    if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-        return [images]
-    if isinstance(images, np.ndarray) and images.ndim < 4:
+    kinds = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
+    one = images.ndim < 4 if isinstance(images, np.ndarray) else isinstance(images, kinds)
+    if one:
         return [images]
     if not isinstance(images, Iterable):
         raise InputError(

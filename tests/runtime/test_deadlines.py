@@ -97,7 +97,10 @@ def test_whatever_comes_nothing_is_lost_doubled_or_starved_and_each_priority_kee
     steps: list[tuple[float, Priority, bool] | int | None], batch: int, patience_s: float
 ) -> None:
     s = Schedule(batch, 1.0, patience_s)
-    now_s, added, raw, gone = 0.0, [], [], []
+    now_s = 0.0
+    added: list[Ticket] = []
+    raw: list[Ticket] = []
+    gone: list[Ticket] = []
     for step in steps:
         if step is None:
             waiting = [t for t in added if t not in gone]

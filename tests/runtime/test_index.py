@@ -23,7 +23,7 @@ def keys(n: int) -> list[str]:
 
 def by_hand(query: Any, stored: Any, k: int) -> list[int]:
     cosines = stored @ query / np.linalg.norm(stored, axis=1) / np.linalg.norm(query)
-    return np.argsort(-cosines)[:k].tolist()
+    return [int(i) for i in np.argsort(-cosines)[:k]]
 
 
 def test_hits_are_the_largest_cosines_best_first_whatever_the_lengths() -> None:
