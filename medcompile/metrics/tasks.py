@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from medcompile.metrics import pairs
 from medcompile.metrics.intervals import Floats
 from medcompile.metrics.material import (
     QUERIES_AT_ONCE,
@@ -28,6 +27,7 @@ from medcompile.metrics.material import (
     renumbered,
     share,
 )
+from medcompile.metrics.pairs import METRICS as PAIRS
 from medcompile.metrics.samples import LowestValue, PairedFlips, PairedTotals, Sample, UnitTotals
 
 COSINE_RESOLUTION = 1e-6  # float32 rounding of a cosine over a few hundred dimensions
@@ -150,7 +150,7 @@ def _nearest_neighbour_agreement(name: str, m: Material) -> Sample:
 
 Metric = Callable[[str, Material], Sample]
 
-_OF_PAIRS: Mapping[str, Metric] = {**pairs.METRICS, "cosine": _cosine, "cosine_worst": _cosine_worst}
+_OF_PAIRS: Mapping[str, Metric] = {**PAIRS, "cosine": _cosine, "cosine_worst": _cosine_worst}
 
 METRICS: Mapping[str, Mapping[str, Metric]] = {
     "token-classification": {
