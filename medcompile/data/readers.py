@@ -1,13 +1,14 @@
 """Readers of data files, one record at a time: JSON lines, CSV with a header, CoNLL columns, indices of images, .npz.
 
 Each yields (line, fields by our names); what the fields mean for a model is items.py's. An error names the file and
-the line and never shows any of the text, nor the name of an image, which may be a patient's.
+the line and never shows any of the text, nor what an index calls an image: either may be a patient's.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,8 +21,15 @@ from numpy.typing import NDArray
 
 from medcompile.data.manifest import Manifest
 from medcompile.errors import DataError
+from medcompile.recipe_yaml import nearest
 
 MAX_FIELD_CHARS = 64 * 2**20
+
+# What numpy and zipfile raise on broken archives, as seen in a fuzz of both.
+BROKEN_NPZ = (
+    *(OSError, EOFError, ValueError, TypeError, RuntimeError, SyntaxError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 
 Record = dict[str, Any]
 
@@ -170,12 +178,15 @@ def _npz(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Rec
             for field, key in manifest.fields.items():
                 if key not in arrays.files:
                     raise DataError(
-                        f"{manifest.name}: {name} has no array {key!r}, which fields.{field} names",
-                        fix=f"it has {', '.join(arrays.files) or 'none'}",
+                        f"{manifest.name}: {name} has no array {key!r}, which fields.{field} names"
+                        f"{nearest(str(key), arrays.files)}",
+                        fix="see numpy.load(FILE).files, and correct fields in the manifest",
                     )
                 array = arrays[str(key)]
+                if not isinstance(array, np.ndarray):  # numpy gives an entry that is no array as bytes
+                    raise ValueError
                 columns[field] = _pixels(manifest, name, array) if field == "image" else _column(manifest, field, array)
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except BROKEN_NPZ:
         raise DataError(
             f"{manifest.name}: {name} cannot be read as an .npz of plain arrays",
             fix="write it with numpy.savez_compressed; text as arrays of dtype str, never of objects",
@@ -198,7 +209,8 @@ def _pixels(manifest: Manifest, name: str, array: NDArray[Any]) -> NDArray[Any]:
         )
     if array.dtype.kind != "f" and array.dtype not in (np.uint8, np.uint16):
         raise DataError(
-            f"{manifest.name}: {name}: images have the type {array.dtype}", fix="use uint8, uint16 or float32"
+            f"{manifest.name}: {name}: images have the type {array.dtype}",
+            fix="use uint8, uint16 or floats from 0 to 1",
         )
     return array
 
