@@ -6,6 +6,7 @@ well as an artifact's; which artifacts are examined, and what becomes of the evi
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-TOWERS = ("image", "text")
+_ROOMS = {"image": "towers", "text": "towers"}
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,8 @@ class Exam(Protocol):
 
 def of(graph: str, setting: Setting) -> Exam:
     """The graph's exam. Raises DataError if the data has nothing that it can be asked, or a label the model lacks."""
-    from medcompile.exams import text, towers
-
-    module = towers if graph in TOWERS else text
-    exam: Exam = module.exam(graph, setting)
+    room = importlib.import_module(f"{__name__}.{_ROOMS.get(graph, 'text')}")
+    exam: Exam = room.exam(graph, setting)
     return exam
 
 
