@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -48,7 +49,7 @@ DEFLATED = b"1.2.840.10008.1.2.1.99"
 # What pydicom and its decoders raise on broken files. Their words may quote tags, so only the kind is told.
 BROKEN = (
     *(AttributeError, AssertionError, EOFError, IndexError, KeyError, NotImplementedError, OSError, OverflowError),
-    *(RuntimeError, TypeError, ValueError, struct.error),
+    *(RuntimeError, TypeError, ValueError, struct.error, zlib.error),
 )
 
 
@@ -59,7 +60,7 @@ def read_dicom(file: BinaryIO, *, frame: int | None, name: str) -> Array:
     """
     try:
         import pydicom
-        from pydicom.errors import InvalidDicomError
+        from pydicom.errors import BytesLengthException, InvalidDicomError
         from pydicom.pixels.utils import pixel_array
     except ImportError:
         raise BackendUnavailable(
@@ -84,7 +85,7 @@ def read_dicom(file: BinaryIO, *, frame: int | None, name: str) -> Array:
         stored = pixel_array(file, index=chosen, transfer_syntax_uid=syntax)
         _take_frame_tags(ds, chosen)
         return _color(stored, ds, name) if _is_color(ds, name) else _gray(stored, ds, name)
-    except (*BROKEN, InvalidDicomError) as error:
+    except (*BROKEN, BytesLengthException, InvalidDicomError) as error:
         if syntax is not None and syntax.is_compressed:
             raise InputError(
                 f"{name}: pixels compressed as {syntax.name} could not be decoded ({type(error).__name__})",

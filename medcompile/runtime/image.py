@@ -33,7 +33,6 @@ from medcompile.runtime.limits import check_frame, check_size, stretched
 from medcompile.runtime.text import read_json
 
 if TYPE_CHECKING:
-    import PIL.Image
     from PIL.Image import Image as PilImage
 
     Image = str | os.PathLike[str] | bytes | np.ndarray[Any, Any] | PilImage
@@ -86,6 +85,8 @@ class ImageTransform:
             size, crop = facts["size"], facts["crop"]
             std = np.array(facts["std"], np.float64)
             mean = np.array(facts["mean"], np.float64)
+            if std.shape != (3,) or mean.shape != (3,) or not (std > 0).all():
+                raise ValueError("mean and std are three numbers each, std above 0")
             made = cls(
                 edge=int(size) if isinstance(size, int) else (int(size[0]), int(size[1])),
                 mode=facts["mode"],
@@ -103,9 +104,6 @@ class ImageTransform:
             made.mode not in MODES
             or made.resample not in RESAMPLES
             or made.convention not in CONVENTIONS
-            or made.scale.shape != (3,)
-            or made.bias.shape != (3,)
-            or not np.isfinite([made.scale, made.bias]).all()
             or min(sizes) < 1
             or (made.crop is None and made.mode != "squash")
         )
@@ -159,12 +157,12 @@ class ImageTransform:
         (width, height), (full_h, full_w) = image.size, self._scaled(image.size, wanted)
         top, left = self._lead(full_h, wanted[0]), self._lead(full_w, wanted[1])
         y, x, h, w = max(top, 0), max(left, 0), min(full_h, wanted[0]), min(full_w, wanted[1])
-        shrinks = full_h <= height and full_w <= width and resample != PIL.Image.Resampling.NEAREST
-        if (shrinks and image.mode in ("L", "RGB", "CMYK")) or full_h * full_w > WHOLE_LIMIT:
-            image = _resized_part(image, (full_w, full_h), (x, y, x + w, y + h), resample)
-        else:
-            # Whole, then cropped. Only so are nearest neighbours the same at ties and alpha's divisions the same.
+        if full_h * full_w <= WHOLE_LIMIT:
+            # Whole, then cropped: to resize a part alone saves a fifth of the time, but rounds otherwise.
             image = image.resize((full_w, full_h), resample).crop((x, y, x + w, y + h))
+        else:
+            box = (x * width / full_w, y * height / full_h, (x + w) * width / full_w, (y + h) * height / full_h)
+            image = image.resize((w, h), resample, box=box)
         if (h, w) == wanted:
             return image
         # In the file's own mode, as open_clip pads: a palette's colour 0, a CMYK without ink, which is white.
@@ -323,28 +321,6 @@ def _loaded(image: PilImage, name: str) -> PilImage:
         if image.mode.startswith("I"):
             return from_array(stretched(np.asarray(image)), name)
     return image
-
-
-def _resized_part(
-    image: PilImage, size: tuple[int, int], part: tuple[int, int, int, int], resample: PIL.Image.Resampling
-) -> PilImage:
-    """What image.resize(size).crop(part) gives, within one level, without the pixels outside part.
-
-    Rows first and columns after, as Pillow's own resize does: in one call with a box it may turn the order around, and
-    what is cut off at 0 and 255 in between is then another.
-    """
-    (width, height), (full_w, full_h), (left, top, right, bottom) = image.size, size, part
-    step = height / full_h
-    reach = 3 * max(1, step) + 1  # the widest filter, Lanczos, has a support of 3
-    first, last = max(0, int(top * step - reach)), min(height, int(bottom * step + reach) + 1)
-    if (first, last) != (0, height):
-        image = image.crop((0, first, width, last))
-    rows = last - first
-    columns = (left * width / full_w, 0, right * width / full_w, rows)
-    image = image.resize((right - left, rows), resample, box=columns)
-    return image.resize(
-        (right - left, bottom - top), resample, box=(0, top * step - first, right - left, bottom * step - first)
-    )
 
 
 def _flat(image: PilImage, *, on_white: bool) -> PilImage:
