@@ -23,6 +23,7 @@ _PROGRAMS = 512
 """Enough programs to fill any GPU. Fixed, so that a result does not hang on which one it came from."""
 _SPLIT_KEYS = 256
 """A program with fewer keys than this is not worth its launch."""
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _STEP_ROWS = 16
 _CHUNK_ROWS = 64
 _TILE_ROWS: dict[Kernel, int] = {"chunks": _CHUNK_ROWS, "steps": _STEP_ROWS, "splits": _STEP_ROWS}
@@ -64,6 +65,14 @@ class Face:
     def tokens(self, kernel: Kernel) -> int:
         """Tokens of a tile."""
         return self.rows(kernel) // self.group
+
+    @property
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
+
+    @property
+    def pool_item_bytes(self) -> int:
+        return _ITEM_BYTES[self.pool_dtype]
 
     @property
     def padded_dim(self) -> int:

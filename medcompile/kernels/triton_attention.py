@@ -31,7 +31,7 @@ class Variant:
     function: Any
     constants: dict[str, int]
     warps: int
-    stages: int = 2
+    stages: int = 1
 
 
 def variant(face: Face, kernel: Kernel) -> Variant:
@@ -43,7 +43,10 @@ def variant(face: Face, kernel: Kernel) -> Variant:
     if kernel == "reduce":
         return Variant(reduce, {**shape, "DIM": face.padded_dim, "SPLITS": MAX_SPLITS}, warps=2)
     tile = {"DIM": face.padded_dim, "ROWS": face.rows(kernel), "KEYS": _KEYS, "SPLIT": int(kernel == "splits")}
-    return Variant(attend, {**shape, **pools, **tile}, warps=4)
+    # As few warps as leave ptxas enough registers, as many stages as fit the 99 kB that every GPU from 8.0 on has.
+    wide = kernel == "chunks" and face.padded_dim >= 128
+    small = face.padded_dim * max(face.item_bytes, face.pool_item_bytes) <= 256
+    return Variant(attend, {**shape, **pools, **tile}, warps=8 if wide else 4, stages=3 if small else 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -157,11 +160,14 @@ def attend(  # type: ignore[no-untyped-def] # noqa: PLR0915
         blocks = block_table + sequence.to(tl.int64) * table_width
         key = tl.arange(0, KEYS)
         log2_e = 1.4426950408889634
+        at = first * KEYS + key
+        block = tl.load(blocks + at // BLOCK_SIZE, mask=(at < end) & (at >= begin), other=0)
         for part in range(first, last):
             at = part * KEYS + key
             held = (at < end) & (at >= begin)
-            block = tl.load(blocks + at // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
-            slot = (block * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+            slot = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+            # The next round's blocks are asked for now: a load that waits for another is not pipelined.
+            block = tl.load(blocks + at // BLOCK_SIZE + KEYS // BLOCK_SIZE, mask=at + KEYS < end, other=0)
             place = slot[:, None] * HEAD_DIM + dim[None, :]
             # A slot that no token fills may hold NaN, which a weight of 0 would not take away.
             filled = held[:, None] & (dim < HEAD_DIM)[None, :]
