@@ -10,7 +10,9 @@ import json
 import os
 import tempfile
 import threading
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,12 @@ Array = np.ndarray[Any, Any]
 FORMAT = 1
 BLOCK_BYTES = 64 * 2**20
 """Scores held at a time while searching, whatever the number of queries."""
+
+BROKEN = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, SyntaxError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, InputError),
+)
+"""What numpy raises on files that are no .npz of ours, as seen."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ class Index:
                 raise ValueError(f"{len(facts['keys'])} keys for embeddings of {matrix.dtype} {list(matrix.shape)}")
             index.add(matrix, facts["keys"])
             index._blocks = [matrix]  # of unit length already: to the last bit what was saved
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, InputError) as error:
+        except BROKEN as error:
             raise InputError(f"{name}: not a saved index: {error}", fix="make it again with Index.save") from error
         if digest and index.digest != digest:
             raise InputError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,24 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
 
+def _crafted(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("facts", "embeddings"):
+            file.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00\x06\x00{'a': (")
+
+
 @pytest.mark.parametrize(
     "write",
-    [_other_format, _object_array, _too_few_keys, _cut, lambda p: p.write_bytes(b""), lambda p: p.write_text("hello")],
-    ids=["other format", "pickled objects", "too few keys", "cut short", "empty", "text"],
+    [
+        _crafted,
+        _other_format,
+        _object_array,
+        _too_few_keys,
+        _cut,
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_text("hello"),
+    ],
+    ids=["a broken header", "other format", "pickled objects", "too few keys", "cut short", "empty", "text"],
 )
 def test_a_file_that_is_no_index_is_refused_by_name(tmp_path: Path, write: Any) -> None:
     write(tmp_path / "bad.npz")
