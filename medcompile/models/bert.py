@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import ProfileError, SourceError, UsageError
 from medcompile.models import ModelOptions, Traced
+from medcompile.models._tokenizers import tokenizer
 from medcompile.models._torch import TorchExecutor
 from medcompile.spec import GraphSpec, TensorSpec
 
@@ -85,11 +86,9 @@ class Bert:
         adapt_encoder(model, self.graph_spec(checkpoint, task, options), options.pooling)
 
     def assets(self, checkpoint: Checkpoint, options: ModelOptions, out: Path) -> tuple[str, ...]:
-        tokenizer, notes = _tokenizer(checkpoint.folder)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.save(str(out / "tokenizer.json"))
-        mask = next((t for t in ("[MASK]", "<mask>") if tokenizer.token_to_id(t) is not None), None)
+        made, notes = tokenizer(checkpoint.folder)
+        made.save(str(out / "tokenizer.json"))
+        mask = next((t for t in ("[MASK]", "<mask>") if made.token_to_id(t) is not None), None)
         positions = int(checkpoint.config["max_position_embeddings"])
         limit = min(positions, max(p.axis("sequence").max for p in options.profiles))
         text = {
@@ -240,40 +239,6 @@ def _aliases(name: str) -> Iterator[str]:
         yield "cls.predictions.bias"
     if name == "cls.predictions.bias":
         yield "cls.predictions.decoder.bias"
-
-
-def _tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
-    """The folder's tokenizer as a tokenizers.Tokenizer, from tokenizer.json or from an old vocab.txt."""
-    from tokenizers import Tokenizer
-    from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
-
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json")), ()
-    if not (folder / "vocab.txt").is_file():
-        raise SourceError(
-            f"{folder.name}: neither tokenizer.json nor vocab.txt", fix="add the tokenizer's files to the folder"
-        )
-    words = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")  # line number = id
-    settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-    notes: tuple[str, ...] = ()
-    lowercase = settings.get("do_lower_case")
-    if lowercase is None:
-        # Cased checkpoints of 2019 often say nothing; a vocabulary with capitals would be wasted by lowercasing.
-        capitals = sum(w != w.lower() for w in words if not w.startswith("["))
-        lowercase = capitals == 0
-        notes = (
-            f"tokenizer: the checkpoint does not say whether it is cased; its vocabulary has {capitals} entries with "
-            f"capitals, so text is {'lowercased' if lowercase else 'kept cased'}",
-        )
-    tokenizer = BertWordPieceTokenizer(
-        {word: i for i, word in enumerate(words)},
-        lowercase=bool(lowercase),
-        strip_accents=settings.get("strip_accents"),
-        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
-    )
-    tokenizer.add_special_tokens([t for t in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if t in words])
-    return tokenizer._tokenizer, notes
 
 
 FAMILY = Bert()

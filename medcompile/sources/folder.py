@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
 )
 SETTINGS_FILES = (
     "1_Pooling/config.json",
+    "text_config/config.json",
     "modules.json",
     "sentence_bert_config.json",
     "preprocessor_config.json",
