@@ -1,7 +1,7 @@
 """Where a model comes from: hf:, path: and package: sources become a Checkpoint, its weights a table of tensors.
 
 Nothing here builds a model or loads weights into memory. folder.py says which files count, hub.py fetches,
-tensors.py reads safetensors headers, pickled.py turns .bin into safetensors.
+tensors.py reads safetensors headers, pickled.py turns .bin into safetensors, gguf.py a GGUF file into a folder of such.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from pathlib import Path, PurePosixPath
 
 from medcompile.errors import SourceError
 from medcompile.program import Progress
-from medcompile.sources.folder import INDEX_FILES, Checkpoint, Kind, os_errors, present, read_checkpoint, read_json
+from medcompile.sources import gguf
+from medcompile.sources.folder import (
+    INDEX_FILES,
+    Checkpoint,
+    Kind,
+    digest,
+    os_errors,
+    present,
+    read_checkpoint,
+    read_json,
+)
 from medcompile.sources.tensors import TensorRef, read_table
 
 __all__ = ["Checkpoint", "Kind", "TensorRef", "default_cache", "resolve", "tensors"]
@@ -54,6 +64,8 @@ def resolve(
         raise SourceError(f"{source}: a revision means nothing for {scheme}:", fix="remove model.revision")
     with os_errors(f"{source}: looking for its files", fix="check that the folder can be read"):
         folder = _path_folder(source, base or Path()) if scheme == "path" else _package_folder(source)
+        if (path := gguf.find(folder)) is not None:
+            return gguf.read_gguf(source, path, digest(source, folder, path.name), cache)
         return read_checkpoint(source, None, folder, present(folder), cache)
 
 

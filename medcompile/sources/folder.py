@@ -89,7 +89,7 @@ def read_checkpoint(source: str, revision: str | None, folder: Path, names: Coll
         )
     kind, weights, beside = choose_weights(source, names, folder)
     used = [n for n in (*CONFIG_FILES, *TOKENIZER_FILES, *SETTINGS_FILES) if n in names] + [*beside, *weights]
-    files = {name: _digest(source, folder, name) for name in used}
+    files = {name: digest(source, folder, name) for name in used}
     return Checkpoint(source, revision, folder, files, kind, weights, read_json(source, folder / config_name), cache)
 
 
@@ -193,7 +193,7 @@ def _listing(folder: Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
-def _digest(source: str, folder: Path, name: str) -> str:
+def digest(source: str, folder: Path, name: str) -> str:
     """sha256 hex of a file, read in pieces. A hub cache names its large blobs by that digest: then it must agree."""
     path = folder / name
     check_content(source, path)
