@@ -34,7 +34,7 @@ class Sequence:
 
     buffer: Array
     prompt_length: int
-    turn: tuple[float, int]
+    turn: tuple[int, int] = (0, 0)  # its place in the order
     salt: str = ""
     lookup: Lookup | None = None
     length: int = 0
@@ -90,16 +90,15 @@ class Scheduler:
         self._clock = 0
         self._arrivals = 0
 
-    def turn(self, priority: int) -> tuple[float, int]:
-        """The place in the order of one that arrives now; a smaller priority goes first."""
-        self._arrivals += 1
-        return self._clock + priority * self._ageing, self._arrivals
-
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.pool.block_size)
 
-    def add(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=lambda s: s.turn)
+    def add(self, sequence: Sequence, priority: int = 0) -> None:
+        """Let it wait. buffer holds its prompt; a smaller priority goes first."""
+        self._arrivals += 1
+        sequence.turn = (self._clock + priority * self._ageing, self._arrivals)
+        sequence.length = sequence.prompt_length
+        insort(self.waiting, sequence, key=_turn)
 
     def remove(self, sequence: Sequence) -> bool:
         """Done with, or cancelled: its blocks are free at once. False if it was not here any more."""
@@ -171,7 +170,7 @@ class Scheduler:
                     return
                 self._preempt()
             self.waiting.remove(s)
-            insort(self.running, s, key=lambda s: s.turn)
+            insort(self.running, s, key=_turn)
 
     def _seat(self, s: Sequence) -> bool:
         """Give a waiting sequence its blocks: those that hold its first tokens already, and new ones for the rest."""
@@ -222,7 +221,7 @@ class Scheduler:
         """The last in order gives its blocks up and waits; what it had is computed again, but for what is cached."""
         s = self.running.pop()
         self._release(s)
-        self.add(s)
+        insort(self.waiting, s, key=_turn)
         self.preemptions += 1
 
     def _release(self, s: Sequence) -> None:
@@ -252,6 +251,10 @@ class Scheduler:
                 count += 1
                 tokens += 1
             work.draft = work.guess[:count]
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.turn
 
 
 def step_batch(works: Rows[Work], block_size: int) -> StepBatch:
