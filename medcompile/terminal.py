@@ -116,8 +116,10 @@ def progress(as_json: bool, verbose: bool) -> Iterator[Progress]:
 
 def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool = False) -> Table:
     """One row per artifact and metric: reference, value, difference with its bound, verdict, power, and what ran."""
+    artifacts = tuple(artifacts)
+    several = len({artifact.graph for artifact in artifacts}) > 1
     table = Table(title=Text(title), title_justify="left")
-    for name in ("variant", "target", "metric"):
+    for name in ("variant", "target", *(["graph"] if several else []), "metric"):
         table.add_column(name)
     for name in ("reference", "value", "difference", "lower bound", "margin", "n"):
         table.add_column(name, justify="right")
@@ -133,6 +135,7 @@ def evidence_table(artifacts: Iterable[Artifact], title: str, judged_only: bool 
             table.add_row(
                 artifact.variant if i == 0 else "",
                 artifact.target.name if i == 0 else "",
+                *([artifact.graph if i == 0 else ""] if several else []),
                 e.metric,
                 f"{e.reference:.4f}",
                 f"{e.value:.4f}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -23,11 +23,13 @@ from medcompile.errors import BackendUnavailable, OverBudgetError, UsageError
 from medcompile.runtime.encoder import Encoder, Fill, Score
 from medcompile.runtime.entities import Entity
 from medcompile.runtime.text import Text, TextAssets, read_json
-from medcompile.runtime.towers import Prompts, Towers
 from medcompile.spec import Artifact, Precision, Target, Variant, Verdict
 
 if TYPE_CHECKING:
     from medcompile.runtime.image import Image
+    from medcompile.runtime.index import Index
+    from medcompile.runtime.stream import Stream
+    from medcompile.runtime.towers import Prompts, Towers
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -95,6 +97,8 @@ class Session:
     @cached_property
     def towers(self) -> Towers:
         """An image and a text tower, or one of them. Raises UsageError for a bundle of another kind."""
+        from medcompile.runtime.towers import Towers
+
         self._check_kind("a model of images and texts", bool(_TOWERS & set(self.bundle.graphs)))
         return Towers.read(self._assets, self._executors, self.bundle.graphs)
 
@@ -138,6 +142,56 @@ class Session:
     ) -> Vectors:
         """How probable each prompt is for each image, float32 [n, prompts]: see Towers.match."""
         return self.towers.match(images, prompts, templates)
+
+    def stream(
+        self,
+        source: Iterable[Any],
+        *,
+        max_latency_ms: float,
+        task: str | None = None,
+        batch: int | None = None,
+        capacity: int | None = None,
+    ) -> Stream[Any, Any]:
+        """Answers to texts or images as they come, in batches formed by deadline: see Stream for priorities and order.
+
+        source: what the task takes, bare or in Requests. task: default, the bundle's first. An answer's value is what
+        the task's method gives for one item: a vector, entities, classes, candidates for masks. batch: items per run
+        at most; default, what the graph's profile is best at.
+        """
+        chosen = task or self.bundle.tasks[0]
+        if chosen in _TOWERS:
+            return self.towers.stream(source, chosen, max_latency_ms=max_latency_ms, batch=batch, capacity=capacity)
+        runs: Mapping[str, Callable[[list[Any]], Iterable[Any]]] = {
+            "embed": self.embed,
+            "token-classification": self.extract,
+            "sequence-classification": self.classify,
+            "fill-mask": lambda texts: [self.fill_mask(text) for text in texts],
+        }
+        if chosen not in self.bundle.tasks or chosen not in runs:
+            raise UsageError(
+                f"{self.bundle.name} streams no task {chosen!r}", fix=f"choose from: {', '.join(self.bundle.tasks)}"
+            )
+        from medcompile.runtime.stream import Stream
+
+        best = max(a.opt for p in self.bundle.graphs[chosen].profiles for a in p.axes if a.name == "batch")
+        return Stream(source, runs[chosen], batch=batch or best, max_latency_ms=max_latency_ms, capacity=capacity)
+
+    def index(self, items: Iterable[Any], keys: Sequence[str], *, task: str | None = None) -> Index:
+        """A searchable index of the embeddings of texts (tasks embed and text) or images, under these keys.
+
+        Index.search takes an embedding of this session; Index.save and load_index keep it between runs.
+        """
+        from medcompile.runtime.index import Index
+
+        chosen = task or self.bundle.tasks[0]
+        embed = {"image": self.embed_images, "text": self.embed_texts}.get(chosen, self.embed)
+        return Index.of(embed(items), keys, digest=self.bundle.digest)
+
+    def load_index(self, path: str | os.PathLike[str]) -> Index:
+        """An index that was saved. Raises UsageError if another bundle made it: its embeddings don't compare."""
+        from medcompile.runtime.index import Index
+
+        return Index.load(path, digest=self.bundle.digest)
 
     def close(self) -> None:
         """Free the executors. Safe to call twice; any later call raises UsageError."""
