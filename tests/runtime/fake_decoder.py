@@ -7,6 +7,7 @@ Logits are a function of what a query sees in the pool, and of nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ class FakeDecoder:
         rows = batch.logit_rows.tolist()
         found = []
         written: set[tuple[int, int]] = set()
-        for i, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        for i, (start, end) in enumerate(pairwise(starts)):
             past = int(batch.past_lens[i])
             seen, history = self._read(batch.block_table[i], past)
             for at in range(start, end):

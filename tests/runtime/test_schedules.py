@@ -137,8 +137,8 @@ def test_every_answer_of_a_thousand_random_schedules_is_that_of_its_prompt_alone
 
 
 @pytest.mark.slow
-def test_every_answer_of_ten_thousand_more_random_schedules_is_that_of_its_prompt_alone() -> None:
-    check_schedules(1000, 10_000)
+def test_every_answer_of_five_thousand_more_random_schedules_is_that_of_its_prompt_alone() -> None:
+    check_schedules(1000, 5000)
 
 
 class AnySchedule(RuleBasedStateMachine):
