@@ -21,6 +21,8 @@ from typing import Any
 
 from medcompile.backends import _tensorrt_capability
 from medcompile.backends._tensorrt_job import LOG, ORDER, OUTCOME, PLAN, PROGRESS, TYPED, Job, Outcome
+from medcompile.kernels import tensorrt_plugin
+from medcompile.kernels.compiled import Kernels
 from medcompile.resources import peak_rss_bytes
 
 _LAYERS = "Layers:"
@@ -64,6 +66,8 @@ def _build(job: Job, log: Any) -> Outcome:
     started = time.perf_counter()
     builder = trt.Builder(messages)
     network = builder.create_network(_strongly_typed(trt))
+    if job.kernels:
+        tensorrt_plugin.register(trt, Kernels.read(Path(TYPED) / job.kernels))
     parser = trt.OnnxParser(network, messages)
     _say("parsing the graph")
     if not parser.parse_from_file(f"{TYPED}/{job.graph}"):
@@ -95,6 +99,8 @@ def _configured(trt: Any, builder: Any, network: Any, job: Job) -> tuple[Any, li
     """The builder's settings as the job wants them, and what was asked in vain."""
     config, notes = builder.create_builder_config(), []
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.kernels:
+        tensorrt_plugin.configure(trt, config)
     for shapes in job.profiles:
         profile = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in shapes.items():

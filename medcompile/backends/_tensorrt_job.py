@@ -43,7 +43,7 @@ class Job:
     profiles: for each, the smallest, usual and largest shape of every input. operators: those of the graph, to be
     told apart on failure. compute_capabilities: 80 for 8.0; empty for the library's default. workspace_mb 0: the
     library's default. tf32: float32 products may drop 13 bits of their inputs. timing_cache: a file of kernel timings;
-    empty for none.
+    empty for none. kernels: the folder of attention kernels beside the graph; empty for a graph that needs none.
     """
 
     library: str
@@ -55,6 +55,7 @@ class Job:
     version_compatible: bool = False
     tf32: bool = False
     timing_cache: str = ""
+    kernels: str = ""
 
 
 @dataclass(frozen=True)

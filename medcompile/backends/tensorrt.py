@@ -12,6 +12,8 @@ Precision is the graph's business; what the library would else decide by itself 
     version_compatible   true for a plan that later versions of the library run (where it can; false unless said)
     timing_cache         true to keep kernel timings for the next build (where the library times; false unless said)
     build_timeout_s      1800 (unless said)
+    kv                   what a decoder's keys and values are kept in: float16, bfloat16 or float32 (unless said: in
+                         what the variant computes in)
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from medcompile.backends import Built, Executor
 from medcompile.errors import BackendError, BackendUnavailable, UsageError
@@ -38,12 +40,17 @@ if TYPE_CHECKING:
     from medcompile.backends._cuda import Device
     from medcompile.backends._tensorrt_job import Outcome
     from medcompile.backends._tensorrt_report import Product
+    from medcompile.kernels.compiled import Kernels
+    from medcompile.kernels.launches import Float
 
 log = logging.getLogger(__name__)
 
 PLAN = "engine.plan"
 LAYERS = "layers.json"
+KERNELS = "kernels"
+"""The folder of a decoder's attention kernels as PTX: what its plan holds as well."""
 _SHOWN_LINES = 8
+_POOL = "k_pool."
 # What TensorRT-RTX builds for unless told: this compute capability and, by compilation on the GPU, all later ones.
 _OLDEST, _OLDEST_WITH_FLOAT8 = 80, 89
 
@@ -75,6 +82,7 @@ _DEFAULTS: Mapping[str, Scalar] = {
     "version_compatible": False,
     "timing_cache": False,
     "build_timeout_s": 1800,
+    "kv": "",
 }
 # EngineInvalidityDiagnostics, by name, in words.
 _DIAGNOSES = {
@@ -118,6 +126,10 @@ class TensorRtBackend:
         library = _LIBRARIES[target.name]
         trt = _module(library)
         _check_machine(library, str(trt.__version__), target, variant)
+        if any(tensor.name.startswith(_POOL) for tensor in spec.inputs):
+            from medcompile.kernels import tensorrt_plugin
+
+            tensorrt_plugin.register(trt)
         _check_plan(library, trt, path, target)
         device = _device()  # raises where there is nothing to run on
         if not _runs_on(device.arch, target.arch):
@@ -157,7 +169,8 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
     model = onnx_files.load(onnx_path)
     _check_graph(model, variant, f"{library.words} can't build {label}", target.name)
     capabilities = _capabilities(settings)
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
+    with tempfile.TemporaryDirectory(dir=out) as scratch, tempfile.TemporaryDirectory(dir=out) as lowered:
+        kernels = _lower_attention(model, spec, variant, str(settings["kv"]), onnx_path, Path(lowered))
         job = Job(
             library.module,
             onnx_path.name,
@@ -168,12 +181,18 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
             tf32=bool(settings["tf32"]),
             version_compatible=bool(settings["version_compatible"]),
             timing_cache=_timing_cache(target) if settings["timing_cache"] else "",
+            kernels=KERNELS if kernels else "",
         )
         timeout_s = float(settings["build_timeout_s"])
-        outcome = run(job, onnx_path.parent, f"{library.words}, {label}", timeout_s, Path(scratch))
+        outcome = run(
+            job, Path(lowered) if kernels else onnx_path.parent, f"{library.words}, {label}", timeout_s, Path(scratch)
+        )
         if not outcome.built:
             raise _refused(outcome, model, f"{library.words} {target.version} refuses {label}", target.name)
         (Path(scratch) / _tensorrt_job.PLAN).rename(out / PLAN)
+        if kernels:
+            (Path(lowered) / KERNELS).rename(out / KERNELS)
+            notes.append(f"paged attention kernels {kernels.digest[:12]} by {kernels.compiler}, carried in the plan")
     layers, wanted = report.parse(outcome.layers), report.products(model)
     found = report.computed(layers, wanted)
     _check_products(wanted, found, f"{library.words} {target.version} built {label}", target.name)
@@ -240,6 +259,51 @@ def _timing_cache(target: Target) -> str:
 
 
 # ---- before the build
+
+
+def _lower_attention(
+    model: ir.Model, spec: GraphSpec, variant: Variant, kv: str, typed: Path, lowered: Path
+) -> Kernels | None:
+    """Where the graph has paged attention: write it with the plugin's nodes, and the kernels, into the folder lowered.
+
+    Raises UsageError for pools of another dtype than the kernels take, BackendError for layers that they do not.
+    """
+    import onnx_ir as ir
+
+    from medcompile.kernels import ptx
+    from medcompile.rewrites import tensorrt as dialect
+
+    if not any(node.op_type == dialect.OPERATOR for node in model.graph):
+        return None
+    dtype, pools = (str(x) for x in (variant.float_dtype, kv or variant.float_dtype))
+    if pools not in ("float16", "bfloat16", "float32"):
+        raise _wrong(variant, f"compute.kv is {kv!r}", "choose float16, bfloat16 or float32 for this target")
+    face = dialect.rewrite(model, cast("Float", dtype), cast("Float", pools), _block_size(spec))
+    assert face is not None
+    kernels = ptx.compile_kernels(face)
+    (lowered / KERNELS).mkdir()
+    kernels.save(lowered / KERNELS)
+    for file in typed.parent.iterdir():
+        (lowered / file.name).symlink_to(file.absolute())
+    (lowered / typed.name).unlink()
+    ir.save(model, lowered / typed.name)
+    return kernels
+
+
+def _block_size(spec: GraphSpec) -> int:
+    """Tokens of a block, as the pools' shape or every profile has it. Raises UsageError where these do not agree."""
+    found = {tensor.shape[2] for tensor in spec.inputs if tensor.name.startswith(_POOL)}
+    sizes = {x for d in found for x in ([d] if isinstance(d, int) else _ends(spec, d))}
+    if len(sizes) != 1:
+        raise UsageError(
+            f"the pools of graph {spec.name} have blocks of {', '.join(map(str, sorted(sizes))) or 'no'} tokens",
+            fix="give shapes.block_size one value, as [32, 32, 32]",
+        )
+    return sizes.pop()
+
+
+def _ends(spec: GraphSpec, dim: str) -> set[int]:
+    return {end for profile in spec.profiles for end in (profile.axis(dim).min, profile.axis(dim).max)}
 
 
 def _check_graph(model: ir.Model, variant: Variant, what: str, target: str) -> None:

@@ -19,11 +19,6 @@ SMALLEST_LIMIT_BYTES = 101_376
 """Shared memory that one block may take on every GPU since 8.0: 99 kB, of 8.6, 8.9 and 12.0."""
 
 
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    return ptx.compile_kernels(Face(4, 2, 32, 16), (80,))
-
-
 def assembles(text: str, arch: str, folder: Path) -> bool:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     tool = "ptxas-blackwell" if arch.startswith(("sm_10", "sm_12", "sm_90a")) else "ptxas"
@@ -103,7 +98,13 @@ def test_a_gpu_gets_the_module_that_suits_it_best() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "face", [Face(32, 4, 64, 32), Face(32, 8, 128, 16, "bfloat16", "bfloat16"), Face(8, 8, 96, 32, "float32")]
+    "face",
+    [
+        Face(32, 4, 64, 32),
+        Face(32, 8, 128, 16, "bfloat16", "bfloat16"),
+        Face(8, 8, 96, 32, "float32"),
+        Face(4, 4, 128, 32, "float32", "float32"),
+    ],
 )
 def test_every_gpu_has_kernels_that_fit_it(face: Face, tmp_path: Path) -> None:
     compiled = ptx.compile_kernels(face, (80, 89, 90, 120))
