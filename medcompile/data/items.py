@@ -52,11 +52,6 @@ class Dataset:
     manifests: tuple[Manifest, ...]
 
     @property
-    def manifest(self) -> Manifest:
-        """The first of manifests."""
-        return self.manifests[0]
-
-    @property
     def prompts(self) -> dict[str, str]:
         """What each class is called in words, by label; a label that is not here stands for itself."""
         return {label: text for manifest in self.manifests for label, text in manifest.prompts.items()}
