@@ -271,9 +271,10 @@ def _lower_attention(
     import onnx_ir as ir
 
     from medcompile.kernels import ptx
+    from medcompile.rewrites import paged
     from medcompile.rewrites import tensorrt as dialect
 
-    if not any(node.op_type == dialect.OPERATOR for node in model.graph):
+    if not any(node.op_type == paged.OPERATOR for node in model.graph):
         return None
     dtype, pools = (str(x) for x in (variant.float_dtype, kv or variant.float_dtype))
     if pools not in ("float16", "bfloat16", "float32"):

@@ -24,6 +24,8 @@ _PROGRAMS = 512
 _SPLIT_KEYS = 256
 """A program with fewer keys than this is not worth its launch."""
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_KEY_BYTES = 512
+"""Larger keys leave no room for a tile of them in the memory of some GPUs."""
 _STEP_ROWS = 16
 _CHUNK_ROWS = 64
 _TILE_ROWS: dict[Kernel, int] = {"chunks": _CHUNK_ROWS, "steps": _STEP_ROWS, "splits": _STEP_ROWS}
@@ -48,6 +50,7 @@ class Face:
         for wrong, what, fix in (
             (self.kv_heads < 1 or self.heads % self.kv_heads, "heads are no multiple of kv_heads", "check the model"),
             (self.head_dim % 8 or not 16 <= self.head_dim <= 256, f"head_dim {self.head_dim}", "16 to 256, by eights"),
+            (self.key_bytes > _KEY_BYTES, f"head_dim {self.head_dim} in {self.pool_dtype}", "keep keys in float16"),
             (self.block_size not in (16, 32, 64), f"block size {self.block_size}", "set kv.block_size to 16 or 32"),
         ):
             if wrong:
@@ -67,12 +70,9 @@ class Face:
         return self.rows(kernel) // self.group
 
     @property
-    def item_bytes(self) -> int:
-        return _ITEM_BYTES[self.dtype]
-
-    @property
-    def pool_item_bytes(self) -> int:
-        return _ITEM_BYTES[self.pool_dtype]
+    def key_bytes(self) -> int:
+        """What a key takes in a kernel's memory."""
+        return self.padded_dim * _ITEM_BYTES[self.pool_dtype]
 
     @property
     def padded_dim(self) -> int:

@@ -21,7 +21,7 @@ import triton.language as tl
 from medcompile.kernels.launches import MAX_SPLITS, Face, Kernel, power_of_two
 
 _KEYS = 64
-"""Keys of one round of attend."""
+"""Keys of one round of attend, where they are small enough."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ def variant(face: Face, kernel: Kernel) -> Variant:
         return Variant(write, {**pools, "WIDTH": power_of_two(face.kv_heads * face.head_dim)}, warps=4)
     if kernel == "reduce":
         return Variant(reduce, {**shape, "DIM": face.padded_dim, "SPLITS": MAX_SPLITS}, warps=2)
-    tile = {"DIM": face.padded_dim, "ROWS": face.rows(kernel), "KEYS": _KEYS, "SPLIT": int(kernel == "splits")}
-    # As few warps as leave ptxas enough registers, as many stages as fit the 99 kB that every GPU from 8.0 on has.
+    # As few warps as leave ptxas enough registers, as much in flight as fits the 99 kB that every GPU since 8.0 has.
     wide = kernel == "chunks" and face.padded_dim >= 128
-    small = face.padded_dim * max(face.item_bytes, face.pool_item_bytes) <= 256
+    small = face.key_bytes <= 256
+    keys = _KEYS if small else _KEYS // 2
+    tile = {"DIM": face.padded_dim, "ROWS": face.rows(kernel), "KEYS": keys, "SPLIT": int(kernel == "splits")}
     return Variant(attend, {**shape, **pools, **tile}, warps=8 if wide else 4, stages=3 if small else 2)
 
 
@@ -167,7 +168,7 @@ def attend(  # type: ignore[no-untyped-def] # noqa: PLR0915
             held = (at < end) & (at >= begin)
             slot = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
             # The next round's blocks are asked for now: a load that waits for another is not pipelined.
-            block = tl.load(blocks + at // BLOCK_SIZE + KEYS // BLOCK_SIZE, mask=at + KEYS < end, other=0)
+            block = tl.load(blocks + (at + KEYS) // BLOCK_SIZE, mask=at + KEYS < end, other=0)
             place = slot[:, None] * HEAD_DIM + dim[None, :]
             # A slot that no token fills may hold NaN, which a weight of 0 would not take away.
             filled = held[:, None] & (dim < HEAD_DIM)[None, :]

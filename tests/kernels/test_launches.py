@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +56,14 @@ def test_no_plan_takes_more_workspace_than_was_asked_for(tokens: int, sequences:
     assert step.partial_bytes + step.stats_bytes <= launches.workspace_bytes(TINYLLAMA, tokens, sequences)
 
 
-@pytest.mark.parametrize(("face", "named"), [((5, 2, 64, 32), "kv_heads"), ((4, 2, 60, 32), "head_dim 60")])
-def test_a_face_that_the_kernels_do_not_take_is_refused_with_its_reason(face: tuple[int, ...], named: str) -> None:
+@pytest.mark.parametrize(
+    ("face", "named"),
+    [
+        ((5, 2, 64, 32), "kv_heads"),
+        ((4, 2, 60, 32), "head_dim 60"),
+        ((4, 2, 256, 32, "float16", "float32"), "head_dim 256 in float32"),
+    ],
+)
+def test_a_face_that_the_kernels_do_not_take_is_refused_with_its_reason(face: tuple[Any, ...], named: str) -> None:
     with pytest.raises(BackendError, match=named):
         Face(*face)

@@ -85,6 +85,11 @@ def test_any_shape_of_heads_and_blocks_equals_the_reference(
     check(interpreter, Face(heads, kv_heads, head_dim, block_size), lengths)
 
 
+def test_keys_that_take_smaller_rounds_equal_the_reference(interpreter: ProcessPoolExecutor) -> None:
+    check(interpreter, Face(2, 1, 256, 64), MIXED)
+    check(interpreter, Face(2, 1, 128, 32, "float32", "float32"), STEPS)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_ragged_batches_equal_the_reference(interpreter: ProcessPoolExecutor, seed: int) -> None:
     rng = np.random.default_rng(seed)
