@@ -171,6 +171,14 @@ class MarginKeys(_Keys):
     )
 
 
+class KvKeys(_Keys):
+    """How a decoder keeps keys and values: in pools of blocks, so many tokens each."""
+
+    block_size: Literal[16, 32] = Field(
+        default=32, description="Tokens in a block; OpenVINO has blocks of 32 alone.", examples=["32"]
+    )
+
+
 class VariantKeys(_Keys):
     """One precision. An empty variant ({}) is plain float32."""
 
@@ -267,6 +275,7 @@ class _RecipeKeys(_Keys):
         description="Name to precision.",
         examples=["{fp32: {}, int8: {weights: int8, activations: int8}}"],
     )
+    kv: KvKeys | None = Field(default=None, description="For the task generate.", examples=["{block_size: 32}"])
     targets: Annotated[list[TargetName], AfterValidator(_unique)] = Field(
         min_length=1, description="Where the bundle shall run.", examples=["[onnxruntime-cpu]"]
     )
@@ -284,6 +293,7 @@ class Recipe:
     budget: tuple[Margin, ...]
     variants: tuple[Variant, ...]
     targets: tuple[str, ...]
+    kv: KvKeys | None
     path: Path = field(compare=False)
     manifests: Mapping[str, Path] = field(compare=False)
 
@@ -316,6 +326,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         budget=tuple(Margin(metric, m.max_drop, m.confidence) for metric, m in keys.budget.items()),
         variants=tuple(_variant(name, v) for name, v in keys.variants.items()),
         targets=tuple(keys.targets),
+        kv=(keys.kv or KvKeys()) if "generate" in keys.model.tasks else None,
         path=Path(path),
         manifests=manifests,
     )
@@ -333,6 +344,7 @@ def resolved(recipe: Recipe) -> str:
         "evaluation": _plain(recipe.evaluation),
         "budget": {m.metric: {"max_drop": m.max_drop, "confidence": m.confidence} for m in recipe.budget},
         "variants": {v.name: _variant_plain(v) for v in recipe.variants},
+        "kv": _plain(recipe.kv) if recipe.kv else None,
         "targets": list(recipe.targets),
     }
     kept = {k: v for k, v in document.items() if v is not None}
@@ -413,7 +425,7 @@ def _variant_plain(variant: Variant) -> dict[str, Any]:
     return plain | {"keep": list(variant.keep), "compute": compute}
 
 
-def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys) -> dict[str, Any]:
+def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys | KvKeys) -> dict[str, Any]:
     """A section's keys with defaults, less those that are unset or say nothing for its tasks."""
     plain = keys.model_dump(exclude_none=True)
     if isinstance(keys, ModelKeys) and "embed" not in keys.tasks:

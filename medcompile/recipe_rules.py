@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from medcompile import metrics, models
 from medcompile.recipe_yaml import Keys, nearest, shown
 
-Task = Literal["embed", "token-classification", "sequence-classification", "fill-mask", "image", "text"]
+Task = Literal["embed", "token-classification", "sequence-classification", "fill-mask", "image", "text", "generate"]
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
@@ -28,6 +28,8 @@ def broken(value: dict[str, Any]) -> Broken:
     yield from _model_checks(model)
     yield from _shape_checks(mapping(value, "shapes"))
     yield from _budget_checks(mapping(value, "budget"), model)
+    if value.get("kv") is not None and _tasks(model) and "generate" not in _tasks(model):
+        yield ("kv",), "kv is for the task generate, which is not asked for", "remove it"
     for name in mapping(value, "variants"):
         if not NAME.fullmatch(name):
             yield ("variants", name), f"variants: {shown(name)} is not a name (a-z, 0-9, . _ -)", "rename the variant"

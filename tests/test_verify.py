@@ -30,7 +30,9 @@ def held_out(workshop: Workshop) -> Path:
 
 def exam(workshop: Workshop, task: str, manifest: Path | None = None) -> exams.Exam:
     built = bundle.read(workshop.bundle)
-    found = verify.evaluation(built, held_out(workshop)) if manifest is None else data.read(data.load_manifest(manifest))
+    found = (
+        verify.evaluation(built, held_out(workshop)) if manifest is None else data.read(data.load_manifest(manifest))
+    )
     return exams.of(task, verify.setting(built, found))
 
 
