@@ -9,14 +9,13 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from medcompile.errors import CacheFull, InputError, UsageError
+from medcompile.errors import CacheFull, UsageError
 from medcompile.runtime.constrained import Grammars
 from medcompile.runtime.decoder import StepModel
 from medcompile.runtime.detokenize import TextStream
@@ -31,12 +30,11 @@ from medcompile.runtime.speculation import Lookup
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stats:
     """Requests and blocks now, and sums since the start. guessed: tokens that steps checked; accepted: the right ones.
 
-    computed: tokens of prompts and answers that went through the model, guessed ones aside; cached: those that needed
-    not, of prompts alone.
+    computed: tokens that went through the model, guessed ones aside; cached: those of prompts that needed not to.
     """
 
     waiting: int = 0
@@ -77,8 +75,6 @@ class Generator:
                 f"requests is {requests} and step_tokens {step_tokens}",
                 fix="let a step hold one token at least for each request that runs",
             )
-        if ageing < 1 or guess < 0:
-            raise UsageError(f"ageing is {ageing} and guess {guess}", fix="give ageing 1 or more, and guess 0 or more")
         self.text = text
         self._model = model
         self._guess = guess
@@ -93,13 +89,13 @@ class Generator:
         self._changed = threading.Condition()  # guards all of the above, but while the model runs
         self._stepping = False
         self._closed = False
-        self._sums = dict.fromkeys(("steps", "computed", "cached", "generated", "guessed", "accepted"), 0)
+        self._sums = Stats()
 
     # ---- for callers that wait
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: str | Sequence[Prompt],
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         priority: int = 0,
@@ -109,16 +105,14 @@ class Generator:
 
         sampling: one for all, or one each; None is what the checkpoint asks for. See submit() for the rest.
         """
-        each = [prompts] if isinstance(prompts, str) else list(prompts)
-        samplings = [sampling] * len(each) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+        each: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
+        samplings = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(each)
         if len(samplings) != len(each):
-            raise UsageError(
-                f"{len(each)} prompts, {len(samplings)} samplings", fix="give one for all, or one each"
-            )
+            raise UsageError(f"{len(each)} prompts, {len(samplings)} samplings", fix="give one for all, or one each")
         requests: list[Request] = []
         try:
             for prompt, its in zip(each, samplings, strict=True):
-                requests.append(self.submit(prompt, its, priority=priority, cache_salt=cache_salt))  # type: ignore[arg-type]
+                requests.append(self.submit(prompt, its, priority=priority, cache_salt=cache_salt))
             for request in requests:
                 while request.finish_reason is None:
                     self._advance(request)
@@ -211,15 +205,9 @@ class Generator:
     @property
     def stats(self) -> Stats:
         with self._changed:
-            s = self._scheduler
-            return Stats(
-                waiting=len(s.waiting),
-                running=len(s.running),
-                blocks=s.pool.blocks,
-                free_blocks=s.pool.free,
-                preemptions=s.preemptions,
-                **self._sums,
-            )
+            s, pool = self._scheduler, self._scheduler.pool
+            now = {"waiting": len(s.waiting), "running": len(s.running), "preemptions": s.preemptions}
+            return replace(self._sums, **now, blocks=pool.blocks, free_blocks=pool.free)
 
     def close(self) -> None:
         """Cancel what is left and close the model."""
@@ -234,9 +222,7 @@ class Generator:
     def __enter__(self) -> Generator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- inside
@@ -249,15 +235,9 @@ class Generator:
         """A request that nobody knows of yet. Its buffer is as long as it may become."""
         s = sampling or self.text.sampling
         ids = self.text.encode(prompt, self._model.vocabulary)
-        room = self.text.window - len(ids)
-        if room < 1:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens; the model's window is {self.text.window}, answer included",
-                fix="shorten the prompt",
-            )
         size, blocks = self._model.block_size, self._model.blocks
         held = size * blocks + 1 - len(ids)  # the last token of all is never computed, so needs no place
-        tokens = min(room, s.max_tokens if s.max_tokens is not None else max(1, held))
+        tokens = min(self.text.room(ids), s.max_tokens if s.max_tokens is not None else max(1, held))
         if tokens > held:
             raise CacheFull(
                 f"{len(ids)} tokens of prompt and up to {tokens} of answer need "
@@ -296,8 +276,8 @@ class Generator:
 
     def _settle(self, works: Sequence[Work], requests: Sequence[Request], chosen: Array, logits: Array) -> None:
         """Book a step that was computed, and end the answers that it completed."""
-        at = 0
-        self._sums["steps"] += 1
+        at, sums = 0, self._sums
+        sums.steps += 1
         for work, request in zip(works, requests, strict=True):
             rows = slice(at, at + (len(work.draft) + 1 if work.ends else 0))
             at = rows.stop
@@ -310,11 +290,11 @@ class Generator:
             if s.lookup:
                 s.lookup.learn(work.guess, tokens)
             self._scheduler.commit(work, tokens)
-            self._sums["computed"] += work.count
-            self._sums["cached"] += s.cached if work.ends and first else 0
-            self._sums["generated"] += taken
-            self._sums["guessed"] += len(work.draft)
-            self._sums["accepted"] += max(0, taken - 1)
+            sums.computed += work.count
+            sums.cached += s.cached if work.ends and first else 0
+            sums.generated += taken
+            sums.guessed += len(work.draft)
+            sums.accepted += max(0, taken - 1)
             if request.finish_reason is not None:
                 del self._live[s]
                 self._scheduler.remove(s)

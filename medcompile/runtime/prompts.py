@@ -70,7 +70,8 @@ class DecoderText:
             (text,) = checked(prompt)
             ids = self.tokenizer.encode(text).ids
         elif all(isinstance(p, Mapping) for p in prompt):
-            ids = self.tokenizer.encode(self.render([p for p in prompt if isinstance(p, Mapping)]), False).ids
+            text = self.render([p for p in prompt if isinstance(p, Mapping)])
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         else:
             ids = [p for p in prompt if not isinstance(p, Mapping)]
         if not ids:
@@ -85,6 +86,16 @@ class DecoderText:
                 fix="give a text, and let it be tokenized here",
             )
         return array.astype(np.int64)
+
+    def room(self, ids: Array) -> int:
+        """Tokens that the window has left for the answer, 1 at least. Raises InputError with the limit."""
+        room = self.window - len(ids)
+        if room < 1:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; the model's window is {self.window}, answer included",
+                fix="shorten the prompt",
+            )
+        return room
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text that the chat template makes of a conversation, up to where the answer begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -45,7 +45,7 @@ class Completion:
     stop: int | str | None
     logprobs: tuple[TokenLogprob, ...]
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int = field(compare=False)
 
 
 class Request:

@@ -57,17 +57,17 @@ class Sequence:
 
 @dataclass
 class Work:
-    """What a step does for one sequence: compute its next count tokens, then check the guessed ones after them."""
+    """What a step does for one sequence: compute its next count tokens, then check guessed ones after them.
+
+    ends: whether it reaches the sequence's end and so gives logits for its next token. draft: the part of the guess
+    that this step checks.
+    """
 
     sequence: Sequence
     count: int
+    ends: bool
     draft: Array
-    guess: Array  # draft is the part of it that this step checks
-
-    @property
-    def ends(self) -> bool:
-        """Whether the step reaches the sequence's end and so gives logits for its next token."""
-        return self.count == self.sequence.pending
+    guess: Array
 
 
 class Scheduler:
@@ -120,7 +120,7 @@ class Scheduler:
         for s in sorted(self.running, key=lambda s: s.pending > 1):
             count = min(s.pending, room)
             if count:
-                works.append(Work(s, count, s.buffer[:0], s.buffer[:0]))
+                works.append(Work(s, count, count == s.pending, s.buffer[:0], s.buffer[:0]))
                 room -= count
         self._guess(works, self._step_tokens - room)
         return works
