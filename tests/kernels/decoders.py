@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from medcompile.kernels.reference import paged_attention
 from medcompile.spec import Axis, GraphSpec, Profile, TensorSpec
+
+Array = np.ndarray[Any, Any]
 
 HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 2, 32, 96
 WIDTH = HEADS * HEAD_DIM
@@ -91,3 +95,35 @@ def write(path: Path, layers: int = 2, *, dtype: str = "FLOAT16", cast_pools: bo
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("medcompile", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     return face
+
+
+def answer(path: Path, feeds: dict[str, Array]) -> Array:
+    """The graph's logits by onnx's own reference and ours for attention; the pools in feeds change in place."""
+    from onnx.reference import ReferenceEvaluator
+    from onnx.reference.op_run import OpRun
+
+    class PagedAttention(OpRun):  # type: ignore[misc]
+        op_domain = "medcompile"
+
+        def _run(self, *inputs: Array, layer: int = 0, **face: Any) -> tuple[Array]:
+            return (paged_attention(*inputs, **face),)
+
+    result: Array = ReferenceEvaluator(str(path), new_ops=[PagedAttention]).run(None, feeds)[0]
+    return result
+
+
+def feeds(past: list[int], new: list[int], layers: int = 2, blocks: int = 64) -> dict[str, Array]:
+    """A step of sequences with so many tokens in the pools, which hold random float16, and so many new ones."""
+    rng = np.random.default_rng(1)
+    starts = np.cumsum([0, *new]).astype(np.int32)
+    given: dict[str, Array] = {
+        "input_ids": rng.integers(0, VOCABULARY, starts[-1]),
+        "query_starts": starts,
+        "past_lens": np.array(past, np.int32),
+        "block_table": rng.permutation(blocks)[: 8 * len(past)].reshape(len(past), 8).astype(np.int32),
+        "logit_rows": starts[1:].astype(np.int64) - 1,
+    }
+    for layer in range(layers):
+        for name in ("k_pool", "v_pool"):
+            given[f"{name}.{layer}"] = rng.standard_normal((blocks, KV_HEADS, 32, HEAD_DIM)).astype(np.float16)
+    return given

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medcompile.kernels.reference import paged_attention
+from tests.kernels import decoders
 from tests.kernels.batches import Array, Batch, draw
 
 RAGGED = [(0, 7), (16, 1), (3, 0), (31, 18), (40, 1)]
@@ -102,3 +105,24 @@ def test_keys_and_values_are_rounded_to_the_dtype_of_the_pools() -> None:
     found = paged_attention(batch.q, batch.k, batch.v, k_pool, v_pool, *rest, **face)
     np.testing.assert_array_equal(v_pool[1, 0, :3], batch.v.astype(np.float16))
     np.testing.assert_array_equal(found[0], batch.v[0].astype(np.float16).astype(np.float32))
+
+
+def test_a_whole_decoder_gives_the_same_logits_in_chunks_as_at_once(tmp_path: Path) -> None:
+    """The graph that engines are built from, through onnx's reference with this operator in it."""
+    decoders.write(tmp_path / "generate.onnx", dtype="FLOAT")
+    whole = decoders.feeds([0], [30])
+    whole |= {name: np.zeros(array.shape, np.float32) for name, array in whole.items() if "pool" in name}
+    chunks = {name: array.copy() for name, array in whole.items()}
+    wanted = decoders.answer(tmp_path / "generate.onnx", whole)
+    ids = chunks["input_ids"]
+    for start, end in ((0, 13), (13, 30)):
+        chunks |= {
+            "input_ids": ids[start:end],
+            "past_lens": np.array([start], np.int32),
+            "query_starts": np.array([0, end - start], np.int32),
+            "logit_rows": np.array([end - start - 1]),
+        }
+        found = decoders.answer(tmp_path / "generate.onnx", chunks)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(chunks["k_pool.1"], whole["k_pool.1"], atol=1e-6)
+    assert np.abs(wanted).max() > 0.1
