@@ -150,15 +150,14 @@ class Generator:
         try:
             if request.sequence not in self._live and request.finish_reason is None:
                 self._enter(request, priority)
-            while True:
-                while not request.news:
+            while request.finish_reason is None or request.news:  # in this order: news come before the reason
+                if not request.news:
                     self._advance(request)
+                    continue
                 chunk = request.news.popleft()
                 if request.error:
                     raise request.error
                 yield chunk
-                if chunk.finish_reason is not None:
-                    return
         finally:
             self.cancel(request)
 

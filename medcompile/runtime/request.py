@@ -49,7 +49,10 @@ class Completion:
 
 
 class Request:
-    """sequence: its tokens, as the scheduler sees them. ends: tokens that end the answer. news: chunks not read yet."""
+    """sequence: its tokens, as the scheduler sees them. ends: tokens that end the answer. news: chunks not read yet.
+
+    finish_reason is set after the last chunk is there: readers look at it without a lock.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class Request:
         self._constraint = constraint
         self._said: list[Chunk] = []
         self._stop: int | str | None = None
+        self._reason: str | None = None  # finish_reason, as soon as it is known
 
     def rows(self, draft: Array) -> list[Row]:
         """What choosing the next token takes, and the ones after each drafted token."""
@@ -102,11 +106,11 @@ class Request:
                 logprobs.append(logprob(logits[count], token, self.sampling.logprobs))
             count += 1
             text += self._add(token, count)
-            if self.finish_reason or count > len(draft) or token != draft[count - 1]:
+            if self._reason or count > len(draft) or token != draft[count - 1]:
                 break
-        if self.finish_reason and self._stream.stopped is None:
+        if self._reason and self._stream.stopped is None:
             text += self._stream.finish()
-        self._tell(Chunk(text, tuple(chosen[:count].tolist()), tuple(logprobs), self.finish_reason))
+        self._tell(Chunk(text, tuple(chosen[:count].tolist()), tuple(logprobs), self._reason))
         return count
 
     def _add(self, token: int, count: int) -> str:
@@ -115,25 +119,25 @@ class Request:
             self._constraint.advance(token)
         text = ""
         if token in self._ends:
-            self._stop, self.finish_reason = token, "stop"
+            self._stop, self._reason = token, "stop"
             return text
         text = self._stream.push(token)
         if self._stream.stopped is not None:
-            self._stop, self.finish_reason = self._stream.stopped, "stop"
+            self._stop, self._reason = self._stream.stopped, "stop"
         elif self._constraint and self._constraint.done:
-            self.finish_reason = "stop"
+            self._reason = "stop"
         elif self.sequence.length + count == len(self.sequence.buffer):
-            self.finish_reason = "length"
+            self._reason = "length"
         return text
 
     def finish(self, reason: str) -> None:
         """End it from outside."""
-        self.finish_reason = reason
         self._tell(Chunk(self._stream.finish(), (), (), reason))
 
     def _tell(self, chunk: Chunk) -> None:
         self.news.append(chunk)
         self._said.append(chunk)
+        self.finish_reason = chunk.finish_reason
 
     def completion(self) -> Completion:
         """The whole answer, once there is a finish_reason. Raises the error that ended it, if one did."""

@@ -160,7 +160,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Let those run whose turn it is: with blocks for all tokens they have, and one more for each that runs."""
         at = 0
-        while at < len(self.waiting) and sum(s.pending for s in self.running) < self._step_tokens:
+        while at < min(len(self.waiting), self._slots) and sum(s.pending for s in self.running) < self._step_tokens:
             s = self.waiting[at]
             if self._soon_cached(s):
                 at += 1

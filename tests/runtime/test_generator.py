@@ -216,6 +216,30 @@ def test_a_step_that_fails_can_be_taken_again() -> None:
     assert list(request.completion().token_ids) == fake.greedy(ids(note), 6)
 
 
+def test_an_answer_that_was_read_can_not_be_read_again_and_nobody_hangs() -> None:
+    _, generator = make(blocks=64)
+    request = generator.submit("hello", Sampling(max_tokens=4))
+    assert len(list(generator.chunks(request))) >= 1
+    assert list(generator.chunks(request)) == []
+    assert len(request.completion().token_ids) >= 1
+
+
+def test_an_error_in_one_requests_grammar_ends_that_request_alone() -> None:
+    class Refusing:
+        def allowed(self, draft: list[int]) -> Any:
+            raise InputError("too much work", fix="simplify")
+
+    fake, generator = make(blocks=64)
+    doomed = generator.submit("hello")
+    doomed._constraint = Refusing()  # type: ignore[assignment]
+    (kept,) = generator.generate("abc", Sampling(max_tokens=8, ignore_eos=True))
+    assert list(kept.token_ids) == fake.greedy(ids("abc"), 8)
+    for read in (doomed.completion, lambda: list(generator.chunks(doomed))):
+        with pytest.raises(InputError, match="too much work"):
+            read()
+    assert generator.stats.free_blocks == 64
+
+
 def test_many_threads_share_a_generator_and_each_gets_its_own_answers() -> None:
     fake, generator = make(blocks=40)
     found: dict[int, list[list[int]]] = {}
