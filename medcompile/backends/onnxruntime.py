@@ -5,6 +5,10 @@ the library fold and fuse what it knows, and stores the result, so that load() o
 For a GPU it copies the typed graph: what to fuse is the provider's business there. The library would run on the CPU
 with no more than a warning whatever a provider can't load or doesn't know; here either is an error.
 
+What the library would decide by itself on a CPU is named in the variant's compute settings:
+
+    accuracy_level  4 (unless said): int4 weights meet activations rounded to int8, block by block; 1: float32 ones
+
 The GPU half was tested up to its refusals; nothing of it has run on a GPU yet.
 """
 
@@ -22,11 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from medcompile.backends import Built, Executor, check_feeds
 from medcompile.errors import BackendError, BackendUnavailable
-from medcompile.spec import GraphSpec, Target, Variant
+from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime as ort
+
+    from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
 
     Array = np.ndarray[Any, Any]
 
@@ -81,6 +87,7 @@ class OnnxRuntimeBackend:
         """
         from medcompile import onnx_files
         from medcompile.rewrites import onnxruntime as dialect
+        from medcompile.rewrites import onnxruntime_paged
 
         ort = _library()
         model = onnx_files.load(onnx_path)
@@ -88,33 +95,38 @@ class OnnxRuntimeBackend:
             onnx_files.save({"model": model}, out)
             self.load(out / "model.onnx", spec, variant, target, None).close()
             return Built("model.onnx", target, tuple(_notes(variant)))
-        counts = dialect.rewrite(model)
+        settings = _settings(variant)
+        counts = dialect.rewrite(model) | onnxruntime_paged.rewrite(model)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(out / "model.onnx")
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(settings["accuracy_level"]))
         options.intra_op_num_threads = 1
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             onnx_files.save({spec.name: model}, Path(scratch))
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
-        return Built("model.onnx", target, (f"fused: {fused}", *_notes(variant)))
+        named = tuple(f"{name}={value}" for name, value in settings.items()) if variant.weights == "int4" else ()
+        return Built("model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
 
     def load(
         self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None
     ) -> OnnxRuntimeExecutor:
         ort = _library()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
-        options.inter_op_num_threads = 1
+        options = _load_options(threads)
         if provider := _PROVIDERS.get(target.name):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
             return OnnxRuntimeExecutor(_session_on_gpu(path, options, provider, spec), spec)
         return OnnxRuntimeExecutor(_session(path, options), spec)
+
+    def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> OnnxRuntimeStepModel:
+        """The decoder that build() made of a paged graph for a CPU, with pools of so many blocks."""
+        from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
+
+        return OnnxRuntimeStepModel(_session(path, _load_options(threads)), blocks=blocks)
 
 
 class OnnxRuntimeExecutor(Executor):
@@ -138,6 +150,25 @@ class OnnxRuntimeExecutor(Executor):
 
     def close(self) -> None:
         self._session = None
+
+
+def _settings(variant: Variant) -> dict[str, Scalar]:
+    """Every setting of the CPU half, as the variant names it or as the text above says."""
+    level = variant.compute.get("accuracy_level", 4)
+    if level not in (1, 4):
+        raise BackendError(f"variant {variant.name}: compute.accuracy_level is {level!r}", fix="choose 1 or 4")
+    return {"accuracy_level": level}
+
+
+def _load_options(threads: int | None) -> ort.SessionOptions:
+    """Of a graph that build() optimized. threads None: every core the process may use."""
+    ort = _library()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    return options
 
 
 def _library() -> Any:
@@ -240,8 +271,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _notes(variant: Variant) -> list[str]:
-    ignored = [f"{name}={value}" for name, value in sorted(variant.compute.items())]
+def _notes(variant: Variant, *used: str) -> list[str]:
+    ignored = [f"{name}={value}" for name, value in sorted(variant.compute.items()) if name not in used]
     return [f"ONNX Runtime has no use for compute {', '.join(ignored)}"] if ignored else []
 
 
