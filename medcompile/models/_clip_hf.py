@@ -27,6 +27,7 @@ _OLD_END = 2
 class HfClip:
     checkpoint: Checkpoint
     template: str = "{}"
+    unescape: bool = False
     prefixes: tuple[str, ...] = ()
 
     @property
@@ -75,6 +76,7 @@ class HfClip:
             )
         normalize = said.get("do_normalize", True)
         transform = {
+            "convention": "transformers",
             "size": list(edges(source, size)) if mode == "squash" else int(size),
             "mode": mode,
             "crop": given if crop is not None else None,

@@ -30,6 +30,7 @@ _CLS_POOLERS = ("cls_last_hidden_state_pooler",)
 class OpenClip:
     checkpoint: Checkpoint
     prefixes: tuple[str, ...] = ("visual.", "text.transformer.", "text.")
+    unescape: bool = True
 
     @property
     def dim(self) -> int:
@@ -77,6 +78,7 @@ class OpenClip:
             )
         defaults = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
         transform = {
+            "convention": "open_clip",
             "size": size if mode == "squash" else size[0],
             "mode": mode,
             "crop": None if mode == "squash" else size,

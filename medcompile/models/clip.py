@@ -103,6 +103,7 @@ class Clip:
             "logit_scale": float(np.exp(scalar(tensors, "logit_scale"))),
             "logit_bias": float(scalar(tensors, "logit_bias")) if "logit_bias" in tensors else 0.0,
             "templates": list(templates),
+            "unescape": layout.unescape,
         }
         _write_json(out / "towers.json", towers)
         return notes + tuple(note for task in options.tasks for note in layout.notes(task))

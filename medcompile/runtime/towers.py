@@ -6,6 +6,7 @@ the model's context, as its own tokenizer does. Searching embeddings is index.py
 
 from __future__ import annotations
 
+import html
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class Towers:
 
     text, transform: the assets of the towers that are there. executors, graphs: by task, `image` and `text`.
     logit_scale, logit_bias: probabilities are softmax(logit_scale * cosine + logit_bias). templates: texts with one
-    {} each, for the name of a class. A tower that is not there raises UsageError.
+    {} each, for the name of a class. unescape: &lt; in a text is <, as open_clip's tokenizers take it. A tower that is not there raises UsageError.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class Towers:
         logit_scale: float = 1.0,
         logit_bias: float = 0.0,
         templates: Sequence[str] = ("{}",),
+        unescape: bool = False,
     ) -> None:
         self.text = text
         self.transform = transform
         self.logit_scale = logit_scale
         self.logit_bias = logit_bias
         self.templates = tuple(templates)
+        self.unescape = unescape
         self._executors = executors
         self._graphs = graphs
 
@@ -90,6 +93,7 @@ class Towers:
                 logit_scale=float(facts["logit_scale"]),
                 logit_bias=float(facts["logit_bias"]),
                 templates=[str(template) for template in facts["templates"]],
+                unescape=bool(facts["unescape"]),
             )
         except KeyError as error:
             raise BundleError(f"{assets / 'towers.json'}: no {error}", fix="rebuild the bundle") from None
@@ -152,7 +156,10 @@ class Towers:
         if self.text is None:
             raise UsageError("this bundle has no tokenizer for its text tower", fix="rebuild the bundle")
         length = self.text.window_length(spec)
-        tokens = self.text.encode(checked(texts))
+        strings = checked(texts)
+        if self.unescape:
+            strings = [html.unescape(html.unescape(string)) for string in strings]
+        tokens = self.text.encode(strings)
         windows = [self.text.first_window(i, t, length) for i, t in enumerate(tokens)]
         cut = sum(w.own[1] < len(t) for w, t in zip(windows, tokens, strict=True))
         if cut:

@@ -329,7 +329,7 @@ def test_streamed_texts_equal_embedded_ones() -> None:
 def test_towers_read_what_their_graphs_need_from_a_bundles_assets(tmp_path: Path) -> None:
     write_assets(tmp_path)
     (tmp_path / "transform.json").write_text(json.dumps(TRANSFORM))
-    facts = {"logit_scale": 50.0, "logit_bias": 0.5, "templates": ["an x of {}"]}
+    facts = {"logit_scale": 50.0, "logit_bias": 0.5, "templates": ["an x of {}"], "unescape": True}
     (tmp_path / "towers.json").write_text(json.dumps(facts))
     read = Towers.read(tmp_path, {}, {"image": image_spec(), "text": text_spec()})
     assert (read.logit_scale, read.logit_bias, read.templates) == (50.0, 0.5, ("an x of {}",))
@@ -340,3 +340,9 @@ def test_towers_read_what_their_graphs_need_from_a_bundles_assets(tmp_path: Path
     (tmp_path / "towers.json").write_text(json.dumps(facts))
     with pytest.raises(BundleError, match=r"towers\.json: no 'logit_bias'"):
         Towers.read(tmp_path, {}, {"text": text_spec()})
+
+
+def test_texts_of_open_clip_are_unescaped_as_its_tokenizers_do() -> None:
+    towers = made(unescape=True)
+    assert np.array_equal(towers.embed_texts("p &amp;lt; 5"), towers.embed_texts("p < 5"))
+    assert not np.array_equal(made().embed_texts("p &amp;lt; 5"), made().embed_texts("p < 5"))
