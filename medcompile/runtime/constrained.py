@@ -38,7 +38,7 @@ class Grammars:
                 fix='pip install "medcompile[constrained]"',
             ) from None
         self._vocabulary = vocabulary
-        self._tokens = LLTokenizer(tokenizer.to_str(), n_vocab=vocabulary, eos_token=list(end_ids))
+        self._tokens = LLTokenizer(tokenizer.to_str(), n_vocab=vocabulary, eos_token=list(end_ids) or None)
 
     def constraint(self, response_format: Mapping[str, Any]) -> Constraint:
         """Raises UsageError for a format of unknown shape, InputError for a schema or expression that can't be used."""

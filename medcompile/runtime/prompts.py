@@ -66,20 +66,18 @@ class DecoderText:
 
         vocabulary: how many ids the model knows. Raises InputError for no tokens, foreign ones, or no template.
         """
+        ids: Any = prompt
         if isinstance(prompt, str):
             (text,) = checked(prompt)
             ids = self.tokenizer.encode(text).ids
-        elif all(isinstance(p, Mapping) for p in prompt):
-            text = self.render([p for p in prompt if isinstance(p, Mapping)])
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        else:
-            ids = [p for p in prompt if not isinstance(p, Mapping)]
-        if not ids:
-            raise InputError("a prompt without tokens", fix="give some text")
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            ids = self.tokenizer.encode(self.render(prompt), add_special_tokens=False).ids  # type: ignore[arg-type]
         try:
             array = np.array(ids)
         except ValueError:  # ragged
-            array = np.empty((0, 0))
+            array = np.zeros((0, 0))
+        if array.shape == (0,):
+            raise InputError("a prompt without tokens", fix="give some text")
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= vocabulary:
             raise InputError(
                 f"a prompt that is no text must be messages, or token ids from 0 to {vocabulary - 1}",

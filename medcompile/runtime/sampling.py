@@ -70,8 +70,9 @@ class Sampling:
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         for name, (low, high, advice) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high or (value == 0 and name in {"top_p", "repetition_penalty"}):
-                raise UsageError(f"{name} is {value}", fix=f"give {advice}")
+            number = isinstance(value, (int, float)) and low <= value <= high
+            if not number or (value == 0 and name in {"top_p", "repetition_penalty"}):
+                raise UsageError(f"{name} is {value!r}", fix=f"give {advice}")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UsageError(f"max_tokens is {self.max_tokens}", fix="give at least 1, or None for no limit of yours")
         if self.logprobs is not None and not 0 <= self.logprobs <= 100:

@@ -97,12 +97,21 @@ def test_a_request_that_the_pool_could_never_hold_is_refused_with_numbers() -> N
     assert len(answer.token_ids) == 7
 
 
-@pytest.mark.parametrize("prompt", ["", [], [99], [-1], [1.5], [[1]], [[1], [1, 2]], ["a", "b"]])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [99], [-1], [1.5], [[1]], [[1], [1, 2]], ["a", "b"], 7, None, {"a": 1}, [{"role": "user"}, 1]]
+)
 def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
     _, generator = make()
     with pytest.raises(InputError):
         generator.submit(prompt)
     assert generator.stats.waiting == 0
+    assert generator.generate([]) == []
+
+
+def test_token_ids_may_be_a_list_or_an_array() -> None:
+    _, generator = make(blocks=64)
+    a, b, c = generator.generate(["abc", [0, 1, 2], np.array([0, 1, 2])], Sampling(max_tokens=5))  # type: ignore[list-item]
+    assert a == b == c
 
 
 def test_a_conversation_goes_through_the_chat_template() -> None:

@@ -170,6 +170,8 @@ def test_nan_logits_are_an_error_and_not_a_token() -> None:
     [
         {"temperature": -1},
         {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_k": None},
         {"top_p": 0},
         {"top_p": 1.5},
         {"top_k": -1},
