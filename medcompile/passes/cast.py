@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Sums over many elements, or exponentials: fp16 ends at 65504 and bf16 has 8 bits of mantissa.
 _KEPT_OPS = frozenset(
     {"LayerNormalization", "Softmax", "ReduceSum", "ReduceMean", "ReduceMax", "Pow", "Sqrt", "Range", "Div", "Clip"}
+    | {"Reciprocal"}
 )
 # What passes/dynamic_int8.py writes before a MatMulInteger, and how many values after it: sum, cast, by row, by column.
 _ROUNDING_OPS = frozenset({"Cast", "Add", "Round", "Div", "Max", "Mul", "ReduceMax"})
@@ -76,6 +77,7 @@ class _Lowering:
             if node.op_type == "Cast" or not any(_is_float(v) for v in node.inputs):
                 continue
             in_float32 = node.op_type in _KEPT_OPS or node in rounding or kept(node.name or "", self.keep)
+            in_float32 |= _feeds_root(node)
             if node.op_type == "QuantizeLinear":
                 # x is left as it comes, so that no rounding is added before quantizing; its scale must be of its type.
                 in_float32 = _dtype_of(node.inputs[0]) is ir.DataType.FLOAT or not _holds(node.inputs[1], low)
@@ -83,7 +85,8 @@ class _Lowering:
                 in_float32 = not _holds(node.inputs[1], low)
             dtype = ir.DataType.FLOAT if in_float32 else low
             for i, value in enumerate(node.inputs):
-                if _is_float(value):
+                # Pools of keys and values, the graph's own inputs, are of whatever type their backend keeps them in.
+                if _is_float(value) and not (node.op_type == "PagedAttention" and value in graph.inputs):
                     self._convert_input(node, i, dtype)
             for value in node.outputs:
                 if _is_float(value):
@@ -138,6 +141,11 @@ class _Lowering:
         else:
             self.model.graph.insert_before(self.model.graph[0], node)
         return result
+
+
+def _feeds_root(node: ir.Node) -> bool:
+    """An RMS norm's mean square plus epsilon: what it adds up passes 65504 long before its root does."""
+    return node.op_type == "Add" and any(use.node.op_type == "Sqrt" for use in node.outputs[0].uses())
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -40,17 +40,11 @@ class Simplify:
 def _simplify(model: ir.Model, spec: GraphSpec) -> None:
     import onnx_ir as ir
     from onnx_ir.passes import common
-    from onnxscript.optimizer import optimize_ir
 
     from medcompile.passes.fuse import fuse
 
     fuse(model)  # first, for the optimizer drops an epsilon of 1e-12 as if it were 0
-    optimize_ir(
-        model,
-        input_size_limit=_FOLD_LIMIT_BYTES,
-        output_size_limit=_FOLD_LIMIT_BYTES,
-        should_fold=lambda node: False if _turns_weight(node) else None,
-    )
+    _optimize(model)
     _name_axes(model, spec)
     _plain_linears(model)
     _turn_weights(model)
@@ -62,6 +56,32 @@ def _simplify(model: ir.Model, spec: GraphSpec) -> None:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.release()  # the passes above have mapped some, and each holds a file open
+
+
+def _optimize(model: ir.Model) -> None:
+    """onnxscript's optimizer, but for one of its rules: SlicesSplit compares every node with every other, which takes
+    minutes where a decoder has thousands."""
+    from onnx_ir.passes import common
+    from onnxscript import optimizer, rewriter
+
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != "SlicesSplit"]
+    common.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=_FOLD_LIMIT_BYTES,
+            output_size_limit=_FOLD_LIMIT_BYTES,
+            should_fold=lambda node: False if _turns_weight(node) else None,
+        )
+        rewriter.RewritePass(rules)(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedOpsetsPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
 
 
 def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
