@@ -1,8 +1,8 @@
-"""Decoders on OpenVINO: its own paged attention on a CPU, behind the runtime's StepModel. Loading half: no onnx here.
+"""Decoders on OpenVINO: its own paged attention on a CPU, behind the runtime's StepModel.
 
 The library's operator is not in its public Python face, nor is it what an ONNX file can name: a conversion extension
-puts one in the place of each `medcompile::PagedAttention` while the typed graph is read. Its pools are tensors that
-this class owns; requests hold them from the first step on, and the operator writes into them.
+puts one in the place of each `medcompile::PagedAttention` while the graph is read. OpenVINO's own files can't hold such
+an operator, so the artifact is ONNX. Pools are tensors that the step model owns, and the operator writes into them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medcompile.backends import Built
 from medcompile.errors import BackendError, BackendUnavailable
+from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -26,6 +28,56 @@ if TYPE_CHECKING:
 KV_FORMATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "uint8": "u8"}
 BLOCK_SIZE = 32  # the only one that the library's CPU kernel has
 _POOLS = ("k_pool.", "v_pool.")
+
+
+def is_paged(spec: GraphSpec) -> bool:
+    """True of a graph with the face of a decoder's step."""
+    return any(tensor.name == "block_table" for tensor in spec.inputs)
+
+
+def kv_format(variant: Variant, settings: Mapping[str, Scalar]) -> str:
+    """What the variant's keys and values are kept in. Raises BackendError for a name that is none of KV_FORMATS."""
+    kv = str(variant.compute.get("kv", settings["float"]))
+    if kv not in KV_FORMATS:
+        raise BackendError(f"variant {variant.name}: compute.kv is {kv!r}", fix=f"choose from: {', '.join(KV_FORMATS)}")
+    return kv
+
+
+def build(
+    openvino: Any,
+    onnx_path: Path,
+    spec: GraphSpec,
+    variant: Variant,
+    target: Target,
+    out: Path,
+    settings: Mapping[str, Scalar],
+) -> Built:
+    """Write out/model.onnx and out/weights.bin, once OpenVINO has read it. Raises BackendError."""
+    from medcompile import onnx_files
+    from medcompile.rewrites import openvino as dialect
+
+    graph = onnx_files.load(onnx_path)
+    notes = [f"{name}={value}" for name, value in {**settings, "kv": kv_format(variant, settings)}.items()]
+    if variant.dynamic:
+        count = dialect.rewrite(graph)
+        notes.append(f"{count} products round activations per token and dynamic_group, the typed graph per token")
+    onnx_files.save({"model": graph}, out)
+    core = openvino.Core()
+    core.add_extension(extension(openvino))
+    try:
+        core.read_model(out / "model.onnx")
+    except RuntimeError as error:
+        raise BackendError(
+            f"OpenVINO {target.version} refuses graph {spec.name} of variant {variant.name}: {_reason(error)}",
+            fix="leave openvino-cpu out of targets, or this variant out of variants",
+        ) from error
+    return Built("model.onnx", target, tuple(notes))
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something: OpenVINO puts its own source lines first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def extension(openvino: Any) -> Any:
@@ -108,7 +160,7 @@ class OpenvinoStepModel:
             )
         except RuntimeError as error:
             raise BackendError(
-                f"OpenVINO refuses {path.name}: {str(error).strip().splitlines()[-1]}",
+                f"OpenVINO refuses {path.name}: {_reason(error)}",
                 fix="build the bundle again with this version of openvino",
             ) from error
         self.blocks = blocks
@@ -147,7 +199,7 @@ class OpenvinoStepModel:
         try:
             result = self._request.infer(feeds, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed: {str(error).strip().splitlines()[-1]}") from error
+            raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
         logits: Array = result[0]
         return logits
 

@@ -7,6 +7,7 @@ the library would else decide by itself is named in the variant's compute settin
     dynamic_group  inputs that share a scale where activations are rounded at run time: 128 for dynamic variants and
                    0, which is never, for others (unless said)
     streams        1 (unless said): how many requests run side by side, sharing the threads
+    kv             of decoders: what keys and values are kept in (_openvino_paged.py)
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     import openvino as ov
 
+    from medcompile.backends._openvino_paged import OpenvinoStepModel
+
     Array = np.ndarray[Any, Any]
 
 # What a variant calls a float format -> what OpenVINO calls it as a hint, and as a capability of the device.
@@ -54,8 +57,11 @@ class OpenVinoBackend:
         version it was made, and load() takes it on no other.
         """
         from medcompile import onnx_files
+        from medcompile.backends import _openvino_paged
         from medcompile.rewrites import openvino as dialect
 
+        if _openvino_paged.is_paged(spec):
+            return _openvino_paged.build(_library(), onnx_path, spec, variant, target, out, _settings(variant))
         openvino, settings = _library(), _settings(variant)
         notes = [f"{name}={value}" for name, value in settings.items()]
         with tempfile.TemporaryDirectory(dir=out) as scratch:
@@ -87,11 +93,7 @@ class OpenVinoBackend:
     ) -> OpenVinoExecutor:
         core = _library().Core()
         settings = _settings(variant)
-        if _FLOATS[str(settings["float"])][1] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise BackendError(
-                f"variant {variant.name} computes in {settings['float']}, which this CPU does not have",
-                fix="load another variant, or build one with compute.float: float32",
-            )
+        _check_float(core, settings, variant)
         config = _config(settings, threads or len(os.sched_getaffinity(0)))
         try:
             compiled = _compiled_before(core, path, config) or core.compile_model(path, "CPU", config)
@@ -101,6 +103,27 @@ class OpenVinoBackend:
                 fix="build the bundle again with this version of openvino",
             ) from error
         return OpenVinoExecutor(compiled, spec)
+
+    def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> OpenvinoStepModel:
+        """The decoder that build() made of a paged graph, with pools of so many blocks, on the cores that load() takes.
+
+        compute.kv: what keys and values are kept in: float32, bfloat16, float16 or uint8; compute.float unless said.
+        """
+        from medcompile.backends import _openvino_paged
+
+        openvino, settings = _library(), _settings(variant)
+        _check_float(openvino.Core(), settings, variant)
+        config = _config(settings, threads or len(os.sched_getaffinity(0)))
+        kv = _openvino_paged.kv_format(variant, settings)
+        return _openvino_paged.OpenvinoStepModel(openvino, path, config, kv=kv, blocks=blocks)
+
+
+def _check_float(core: ov.Core, settings: Mapping[str, Scalar], variant: Variant) -> None:
+    if _FLOATS[str(settings["float"])][1] not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise BackendError(
+            f"variant {variant.name} computes in {settings['float']}, which this CPU does not have",
+            fix="load another variant, or build one with compute.float: float32",
+        )
 
 
 def _config(settings: Mapping[str, Scalar], threads: int) -> dict[str, Any]:
