@@ -13,13 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-from medcompile.errors import BackendError, InputError, ProfileError, UsageError
+from medcompile.errors import BackendError, BackendUnavailable, InputError, ProfileError, UsageError
 from medcompile.spec import GraphSpec, Profile, Target, TensorSpec, Variant
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from medcompile.runtime.decoder import StepModel
 
     Array = np.ndarray[Any, Any]
 
@@ -88,6 +90,30 @@ class Backend(Protocol):
     def load(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None) -> Executor:
         """Load the file that build() made. threads None: every core the process may use. Imports no onnx, no torch."""
         ...
+
+
+@runtime_checkable
+class DecoderBackend(Backend, Protocol):
+    """A backend that runs decoders, too."""
+
+    def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> StepModel:
+        """Load what build() made of a paged graph, with pools of so many blocks."""
+        ...
+
+
+def load_decoder(backend: Backend, path: Path, variant: Variant, threads: int | None, blocks: int) -> StepModel:
+    """The decoder at path. Raises BackendUnavailable if the backend runs none."""
+    if not isinstance(backend, DecoderBackend):
+        raise BackendUnavailable(
+            f"{backend.name} runs no decoders yet",
+            fix="load it on onnxruntime-cpu or openvino-cpu, or build it for these",
+        )
+    return backend.load_decoder(path, variant, threads, blocks)
+
+
+def is_paged(spec: GraphSpec) -> bool:
+    """True of a graph with the face of a decoder's step."""
+    return any(tensor.name == "block_table" for tensor in spec.inputs)
 
 
 def names() -> tuple[str, ...]:

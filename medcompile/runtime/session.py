@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -26,8 +27,13 @@ from medcompile.runtime.text import Text, TextAssets, read_json
 from medcompile.spec import Artifact, Precision, Target, Variant, Verdict
 
 if TYPE_CHECKING:
+    from medcompile.runtime.decoder import StepModel
+    from medcompile.runtime.generator import Generator
     from medcompile.runtime.image import Image
     from medcompile.runtime.index import Index
+    from medcompile.runtime.prompts import Prompt
+    from medcompile.runtime.request import Chunk, Completion
+    from medcompile.runtime.sampling import Sampling
     from medcompile.runtime.stream import Stream
     from medcompile.runtime.towers import Prompts, Towers
 
@@ -38,6 +44,9 @@ MEANINGLESS = "null"
 """The backend that answers zeros: it runs only when named."""
 
 _TOWERS = {"image", "text"}
+GENERATE = "generate"
+KV_SEQUENCES = 8
+"""Sequences of full length that a decoder's blocks hold, unless load() is told how many there are."""
 
 log = logging.getLogger("medcompile")
 
@@ -78,18 +87,19 @@ class Session:
     bundle: its facts, digest included. variant, target: what was chosen.
     """
 
-    def __init__(self, loaded: Bundle, choice: Choice, executors: _Executors) -> None:
+    def __init__(self, loaded: Bundle, choice: Choice, executors: _Executors, kv_blocks: int | None = None) -> None:
         self.bundle = loaded
         self.variant = choice.variant
         self.target = choice.target
         self._executors = executors
         loaded.check(loaded.under("assets"))
         self._assets = loaded.root / "assets"
+        self._kv_blocks = kv_blocks
 
     @cached_property
     def encoder(self) -> Encoder:
         """A text encoder's tasks. Raises UsageError for a bundle of another kind."""
-        self._check_kind("a text encoder", not _TOWERS & set(self.bundle.graphs))
+        self._check_kind("a text encoder", not {*_TOWERS, GENERATE} & set(self.bundle.graphs))
         labels = read_json(self._assets / "labels.json", list) if "labels" in self.bundle.assets else []
         names = [str(name) for name in labels]
         return Encoder(TextAssets.read(self._assets), self._executors, self.bundle.graphs, names)
@@ -101,6 +111,18 @@ class Session:
 
         self._check_kind("a model of images and texts", bool(_TOWERS & set(self.bundle.graphs)))
         return Towers.read(self._assets, self._executors, self.bundle.graphs)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """A decoder, for any number of requests at once. Raises UsageError for a bundle of another kind."""
+        from medcompile.runtime.generator import Generator
+        from medcompile.runtime.prompts import DecoderText
+
+        self._check_kind("a decoder", GENERATE in self.bundle.graphs)
+        facts = read_json(self._assets / "decoder.json", dict)
+        blocks = self._kv_blocks or KV_SEQUENCES * -(-int(facts["context"]) // int(facts["block_size"]))
+        text = DecoderText.read(self._assets)
+        return Generator(self._executors.decoder(blocks), text)
 
     def _check_kind(self, what: str, right: bool) -> None:
         if not right:
@@ -142,6 +164,16 @@ class Session:
     ) -> Vectors:
         """How probable each prompt is for each image, float32 [n, prompts]: see Towers.match."""
         return self.towers.match(images, prompts, templates)
+
+    def generate(
+        self, prompts: str | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Completion]:
+        """Answers to prompts (texts, token ids, or conversations), computed together: see Generator.generate."""
+        return self.generator.generate(prompts, sampling)
+
+    def chunks(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[Chunk]:
+        """One answer, piece by piece as it grows: see Generator.stream."""
+        return self.generator.stream(prompt, sampling)
 
     def stream(
         self,
@@ -195,6 +227,8 @@ class Session:
 
     def close(self) -> None:
         """Free the executors. Safe to call twice; any later call raises UsageError."""
+        if "generator" in vars(self):
+            self.generator.close()
         self._executors.close()
 
     def __enter__(self) -> Session:
@@ -204,15 +238,24 @@ class Session:
         self.close()
 
 
-def load(path: str | os.PathLike[str], backend: str = AUTO, variant: str = AUTO, threads: int | None = None) -> Session:
+def load(
+    path: str | os.PathLike[str],
+    backend: str = AUTO,
+    variant: str = AUTO,
+    threads: int | None = None,
+    kv_blocks: int | None = None,
+) -> Session:
     """Open the bundle at path, checking the digest of every file that is used.
 
     backend: "auto", a target (onnxruntime-cpu) or a backend (onnxruntime). variant: "auto" or its name; "auto" takes
     the fastest non-inferior one as timed on this machine, else the smallest. A variant that is not non-inferior runs
-    only when named, with a warning. threads: None for every core the process may use.
+    only when named, with a warning. threads: None for every core the process may use. kv_blocks: of decoders, how
+    many blocks of keys and values there are; default, what 8 sequences of full length take.
     Raises BundleError, UsageError (no such variant or backend), OverBudgetError (nothing non-inferior to pick), or
     BackendUnavailable (nothing that is installed here can run it; says what to install).
     """
+    if kv_blocks is not None and kv_blocks < 1:
+        raise UsageError(f"kv_blocks={kv_blocks}; it must be at least 1", fix="leave it out for 8 full sequences")
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads}; it must be at least 1", fix="leave it out to use every core")
     loaded = bundle.read(path, check=False)
@@ -226,7 +269,7 @@ def load(path: str | os.PathLike[str], backend: str = AUTO, variant: str = AUTO,
             choice.target.name,
             verdicts,
         )
-    return Session(loaded, choice, executors)
+    return Session(loaded, choice, executors, kv_blocks)
 
 
 class _Executors(Mapping[str, Executor]):
@@ -246,16 +289,28 @@ class _Executors(Mapping[str, Executor]):
             if self._closed:
                 raise UsageError("this session is closed", fix="load the bundle again")
             if graph not in self._open:
-                artifact = self._choice.artifacts[graph]
-                self._bundle.check(self._bundle.under(self._bundle.folder_of(artifact)))
                 self._open[graph] = self._backend.load(
-                    self._bundle.root / artifact.path,
+                    self._checked(graph),
                     self._bundle.graphs[graph],
                     self._choice.variant.on(graph),
                     self._choice.target,
                     self._threads,
                 )
             return self._open[graph]
+
+    def decoder(self, blocks: int) -> StepModel:
+        """The decoder with pools of so many blocks; whoever asks for it closes it."""
+        with self._lock:
+            if self._closed:
+                raise UsageError("this session is closed", fix="load the bundle again")
+            variant = self._choice.variant.on(GENERATE)
+            return backends.load_decoder(self._backend, self._checked(GENERATE), variant, self._threads, blocks)
+
+    def _checked(self, graph: str) -> Path:
+        """The artifact's file, once every file beside it has the digest of the manifest."""
+        artifact = self._choice.artifacts[graph]
+        self._bundle.check(self._bundle.under(self._bundle.folder_of(artifact)))
+        return self._bundle.root / artifact.path
 
     def load(self) -> None:
         for graph in self:
