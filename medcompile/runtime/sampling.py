@@ -173,13 +173,13 @@ def kept(logits: Array, s: Sampling) -> tuple[Array | None, Array]:
     """The tokens that one may draw (ids ascending; None is all of them), and their weights, which sum to any total."""
     ids = _largest(logits, s.top_k) if 0 < s.top_k < len(logits) else None
     values = logits if ids is None else logits[ids]
-    weights = np.exp((values - values.max()) / np.float32(s.temperature))
+    weights = np.exp((values - values.max()) / np.float32(s.temperature))  # 1 is the largest
     if s.top_p < 1:
         nucleus = _nucleus(weights, s.top_p)
         ids = nucleus if ids is None else ids[nucleus]
         weights = weights[nucleus]
     if s.min_p > 0:
-        likely = np.flatnonzero(weights >= s.min_p * weights.max())
+        likely = np.flatnonzero(weights >= s.min_p)
         ids = likely if ids is None else ids[likely]
         weights = weights[likely]
     return ids, weights

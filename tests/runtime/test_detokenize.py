@@ -103,6 +103,13 @@ def test_special_tokens_leave_no_text() -> None:
     assert "".join(streamed(tokenizer, [], [*ids, end, end, *ids])) == "thethe"
 
 
+def test_a_word_after_a_special_token_keeps_its_space() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    the = tokenizer.token_to_id("\u2581the")
+    ids = [the, 2, 2, the, 2, the]
+    assert "".join(streamed(tokenizer, [the], ids)) == tokenizer.decode([the, *ids])[len("the") :] == " the the the"
+
+
 def test_a_stop_string_over_token_borders_ends_the_text_before_it_and_is_never_shown() -> None:
     tokenizer = TOKENIZERS["byte level"]
     ids = tokenizer.encode("pain:\n\nEND of it", add_special_tokens=False).ids

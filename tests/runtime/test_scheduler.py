@@ -44,6 +44,15 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_go_on_token_by_token()
     ]
 
 
+def test_answers_go_on_even_where_an_urgent_long_prompt_fills_the_step() -> None:
+    s = scheduler(tokens=8)
+    s.add(sequence(3, first=100))
+    advance(s)
+    s.add(sequence(20, first=200), priority=-5)
+    assert counts(advance(s)) == {100: 1, 200: 7}
+    assert [int(r.buffer[0]) for r in s.running] == [200, 100]
+
+
 def test_a_sequence_joins_the_step_after_it_came_and_leaves_its_place_at_once() -> None:
     s = scheduler(slots=1)
     s.add(sequence(3, room=2, first=100))
@@ -66,11 +75,25 @@ def test_when_blocks_run_out_the_last_to_come_gives_way_and_finds_its_full_block
     assert second.length > 5  # what it said already stays said
     while first in s.running:
         advance(s)
+    assert s.preemptions == 1  # it came back when there was room to grow, not to be sent away again
     s.plan()
     assert s.running == [second]
     assert second.cached == 0  # of its prompt as it came
     assert second.length == 9
     assert second.computed >= 4
+
+
+def test_nobody_is_let_in_who_would_be_sent_away_when_those_who_run_grow_by_a_block() -> None:
+    s = scheduler(blocks=4, size=4)
+    grows, comes = sequence(3, room=4, first=100), sequence(12, room=2, first=200)
+    s.add(grows)
+    advance(s)
+    s.add(comes)  # would fill the three blocks that are free
+    while grows in s.running:
+        advance(s)
+        assert s.pool.free > 0
+    assert s.preemptions == 0
+    assert list(counts(advance(s))) == [200]
 
 
 def test_equal_prompts_that_come_together_are_computed_once() -> None:
