@@ -141,6 +141,7 @@ class _Build:
             max_length=model.max_length,
             labels=tuple(model.labels or ()),
             templates=tuple(model.templates or ()),
+            block_size=self.job.kv.block_size if self.job.kv else 32,
         )
 
     @cached_property

@@ -27,6 +27,7 @@ class ModelOptions:
     """What a recipe says of the model beside its source.
 
     max_length None: the model's own limit, in tokens. labels, templates empty: those of the checkpoint.
+    block_size: of decoders, tokens in a block of keys and values.
     """
 
     tasks: tuple[str, ...]
@@ -36,6 +37,7 @@ class ModelOptions:
     max_length: int | None = None
     labels: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    block_size: int = 32
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import ProfileError, SourceError
 from medcompile.models import ModelOptions, Traced
-from medcompile.spec import GraphSpec, TensorSpec
+from medcompile.spec import Axis, GraphSpec, Profile, TensorSpec
 
 if TYPE_CHECKING:
     from medcompile.backends import Executor
     from medcompile.sources import Checkpoint
 
-BLOCK_SIZE = 32
+_CHECKED = 8  # tokens of a sequence in a step of the profile decode, guessed ones included
 # A checkpoint that says any of these, and not 0, has layers of another kind than this family's.
 _FOREIGN = {
     "num_experts": "a mixture of experts",
@@ -66,7 +66,8 @@ class Llama:
         for layer in range(sizes.layers):
             inputs += [TensorSpec(f"{name}.{layer}", "float32", pool) for name in ("k_pool", "v_pool")]
         outputs = (TensorSpec("logits", "float32", ("rows", sizes.vocabulary)),)
-        return GraphSpec(task, tuple(inputs), outputs, options.profiles)
+        profiles = tuple(p for given in options.profiles for p in _steps(given, options.block_size))
+        return GraphSpec(task, tuple(inputs), outputs, profiles)
 
     def trace(self, checkpoint: Checkpoint, tensors: Mapping[str, Any], task: str, options: ModelOptions) -> Traced:
         from medcompile.models import _decoder
@@ -89,7 +90,7 @@ class Llama:
         """tokenizer.json, decoder.json, generation.json, and chat_template.jinja where the checkpoint has one."""
         from medcompile.models import _text
 
-        _write_json(out / "decoder.json", asdict(shape(checkpoint, options)) | {"block_size": BLOCK_SIZE})
+        _write_json(out / "decoder.json", asdict(shape(checkpoint, options)) | {"block_size": options.block_size})
         tokenizer, notes = _text.tokenizer(checkpoint)
         tokenizer.save(str(out / "tokenizer.json"))
         template = _text.chat_template(checkpoint.folder)
@@ -149,13 +150,46 @@ def shape(checkpoint: Checkpoint, options: ModelOptions) -> Shape:
             f"max_length is {options.max_length}, but the model has {limit} positions",
             fix=f"set model.max_length to {limit} or less",
         )
+    longest = max((p.axis("sequence").max for p in options.profiles), default=limit)
+    if longest > limit:
+        raise ProfileError(
+            f"shapes.sequence goes up to {longest} tokens, but the model has {limit} positions",
+            fix=f"set shapes.sequence's max to {limit} or less",
+        )
     return Shape(
         layers=int(config["num_hidden_layers"]),
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocabulary=int(config["vocab_size"]),
-        context=options.max_length or limit,
+        context=min(options.max_length or limit, longest),
+    )
+
+
+def _steps(given: Profile, block_size: int) -> tuple[Profile, Profile]:
+    """A recipe's batch of sequences and their length, as the two kinds of step that a graph sees.
+
+    decode: a token of every sequence, or some where guesses are checked. prefill: a prompt or a part of one, beside
+    others. Any of a step's tokens may be asked for its logits.
+    """
+    batch, length = given.axis("batch"), given.axis("sequence")
+    table = [-(-n // block_size) for n in (length.min, length.opt, length.max)]
+
+    def profile(name: str, tokens: tuple[int, int, int], rows: int) -> Profile:
+        axes = (
+            Axis("tokens", *tokens),
+            Axis("sequences", 1, batch.opt, batch.max),
+            Axis("bounds", 2, batch.opt + 1, batch.max + 1),
+            Axis("table", 1, table[1], table[2]),
+            Axis("rows", 1, rows, tokens[2]),
+            Axis("blocks", 1, batch.opt * table[1], batch.max * table[2]),
+            Axis("block_size", block_size, block_size, block_size),
+        )
+        return Profile(name if given.name == "default" else f"{given.name}-{name}", axes)
+
+    return (
+        profile("decode", (1, batch.opt, batch.max * _CHECKED), batch.opt),
+        profile("prefill", (1, max(length.opt, batch.opt), max(length.max, batch.max)), batch.opt),
     )
 
 
