@@ -36,10 +36,16 @@ def is_paged(spec: GraphSpec) -> bool:
 
 
 def kv_format(variant: Variant, settings: Mapping[str, Scalar]) -> str:
-    """What the variant's keys and values are kept in. Raises BackendError for a name that is none of KV_FORMATS."""
+    """What the variant's keys and values are kept in: the float that it computes in, unless it says uint8.
+
+    Raises BackendError for anything else: the library's kernel mixes no two floats.
+    """
     kv = str(variant.compute.get("kv", settings["float"]))
-    if kv not in KV_FORMATS:
-        raise BackendError(f"variant {variant.name}: compute.kv is {kv!r}", fix=f"choose from: {', '.join(KV_FORMATS)}")
+    if kv not in (settings["float"], "uint8"):
+        raise BackendError(
+            f"variant {variant.name}: compute.kv is {kv!r} where compute.float is {settings['float']!r}",
+            fix=f"choose {settings['float']} or uint8",
+        )
     return kv
 
 

@@ -107,7 +107,7 @@ class OpenVinoBackend:
     def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> OpenvinoStepModel:
         """The decoder that build() made of a paged graph, with pools of so many blocks, on the cores that load() takes.
 
-        compute.kv: what keys and values are kept in: float32, bfloat16, float16 or uint8; compute.float unless said.
+        compute.kv: what keys and values are kept in: compute.float, or uint8.
         """
         from medcompile.backends import _openvino_paged
 
