@@ -207,7 +207,10 @@ class VariantKeys(_Keys):
     block_size: Literal[16, 32, 64, 128, 256] | None = Field(
         default=None, description="int4 only: this many inputs share a scale.", examples=["128"]
     )
-    method: Literal["rtn", "smoothquant"] | None = Field(
+    embeddings: Literal["int8"] | None = Field(
+        default=None, description="Format of the table that tokens are looked up in; none for float.", examples=["int8"]
+    )
+    method: Literal["rtn", "smoothquant", "awq", "gptq"] | None = Field(
         default=None,
         description="How weights and scales are found; if not given, smoothquant for static int8, else rtn.",
         examples=["rtn"],
@@ -399,6 +402,7 @@ def _variant(name: str, keys: VariantKeys) -> Variant:
         dynamic=keys.dynamic,
         symmetric=keys.symmetric,
         block_size=keys.block_size,
+        embeddings=Precision(keys.embeddings) if keys.embeddings else None,
         method=recipe_rules.method_of(keys.method, keys.activations, keys.dynamic),
         smoothing=keys.smoothing,
         graphs=tuple(keys.graphs or ()),
@@ -417,6 +421,8 @@ def _variant_plain(variant: Variant) -> dict[str, Any]:
         plain |= {} if variant.dynamic else {"symmetric": variant.symmetric}
     if variant.block_size is not None:
         plain["block_size"] = variant.block_size
+    if variant.embeddings is not None:
+        plain["embeddings"] = str(variant.embeddings)
     if variant.smoothing is not None:
         plain["smoothing"] = variant.smoothing
     if variant.graphs:

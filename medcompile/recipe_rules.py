@@ -17,6 +17,9 @@ Task = Literal["embed", "token-classification", "sequence-classification", "fill
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
+_WEIGHT_ONLY = ("awq", "gptq")
+_CALIBRATED = ("smoothquant", *_WEIGHT_ONLY)
+
 Broken = Iterator[tuple[Keys, str, str]]
 """(way to the value, message, fix) for each rule broken."""
 
@@ -37,7 +40,7 @@ def broken(value: dict[str, Any]) -> Broken:
         yield from _variant_checks(("variants", name), variant)
         yield from _graph_checks(("variants", name, "graphs"), variant.get("graphs"), _tasks(model))
     static = [n for n, v in variants.items() if v.get("activations") and v.get("dynamic") is not True]
-    static += [n for n, v in variants.items() if v.get("method") == "smoothquant" and n not in static]
+    static += [n for n, v in variants.items() if v.get("method") in _CALIBRATED and n not in static]
     calibration = mapping(value, "calibration")
     if static and value.get("calibration") is None:
         yield (
@@ -167,6 +170,14 @@ def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
         )
     if variant.get("method") == "smoothquant" and activations is None:
         yield (*way, "method"), f"{label}: smoothquant eases activations, which stay in float", "write method: rtn"
+    if variant.get("method") in _WEIGHT_ONLY and (weights is None or activations is not None):
+        yield (
+            (*way, "method"),
+            f"{label}: {variant['method']} is for quantized weights under activations that stay in float",
+            "write weights: int4 without activations, or another method",
+        )
+    if variant.get("embeddings") is not None and weights is None:
+        yield (*way, "embeddings"), f"{label} quantizes embeddings but no weights", "add weights: int8"
     method = method_of(variant.get("method"), activations, variant.get("dynamic"))
     if variant.get("smoothing") is not None and method != "smoothquant":
         yield (*way, "smoothing"), f"{label}: smoothing goes with method: smoothquant", "remove smoothing"

@@ -113,6 +113,7 @@ class Variant:
     dynamic: activation scales are taken per token at run time instead of from calibration.
     symmetric: activation zero points are 0 (what TensorRT asks for); False lets them move (CPU targets only).
     block_size: weights share a scale per block of this many inputs; None is one scale per output channel.
+    embeddings: INT8 stores the tables that tokens are looked up in as integers, with a scale per token; None in float.
     method: how weights and scales are found (a quantizer's name). smoothing: SmoothQuant's strength in [0, 1];
         None searches it for each tensor.
     graphs: which graphs this precision is for; the others stay in float32. Empty: all.
@@ -126,6 +127,7 @@ class Variant:
     dynamic: bool = False
     symmetric: bool = True
     block_size: int | None = None
+    embeddings: Precision | None = None
     method: str = "rtn"
     smoothing: float | None = None
     graphs: tuple[str, ...] = ()

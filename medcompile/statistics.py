@@ -29,6 +29,8 @@ class Statistics:
 
     histogram: int64 [BINS] over the whole tensor, equal bins from -reach to reach; reach is a power of two that
     covers every value. mean and mean_square are float64, the extremes float32.
+    products: float32 [channels, channels], the mean over rows of x x^T, where a method asked for it; it gives the
+    squared error of any product with the tensor exactly, and is too large to keep for more than one tensor at a time.
     """
 
     count: int
@@ -38,6 +40,7 @@ class Statistics:
     channel_max: NDArray[np.float32]
     channel_mean: NDArray[np.float64]
     channel_mean_square: NDArray[np.float64]
+    products: NDArray[np.float32] | None = None
 
     @property
     def min(self) -> float:
@@ -57,8 +60,8 @@ class Statistics:
 
 
 def to_arrays(statistics: Statistics) -> dict[str, NDArray[Any]]:
-    """As named arrays that np.savez stores without pickle; from_arrays is the inverse."""
-    return {name: np.asarray(getattr(statistics, name)) for name in Statistics.__dataclass_fields__}
+    """As named arrays that np.savez stores without pickle, but for products; from_arrays is the inverse."""
+    return {n: np.asarray(getattr(statistics, n)) for n in Statistics.__dataclass_fields__ if n != "products"}
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> Statistics:
@@ -78,6 +81,7 @@ class Observer:
 
     def __init__(self) -> None:
         self._count = 0
+        self._products: NDArray[np.float32] | None = None
         self._reach = _SMALLEST_REACH
         self._histogram = np.zeros(BINS, np.int64)
         self._min = self._max = np.empty(0, np.float32)
@@ -107,6 +111,17 @@ class Observer:
         np.minimum(index, BINS - 1, out=index)
         self._histogram += np.bincount(index.astype(np.intp), minlength=BINS)
 
+    def add_products(self, rows: Floats) -> None:
+        """As add, and take the products of channels too: for every batch, or for none."""
+        self.add(rows)
+        if len(rows):
+            rows = rows.astype(np.float32, copy=False)
+            products: NDArray[np.float32] = np.matmul(rows.T, rows, dtype=np.float32)
+            if self._products is None:
+                self._products = products
+            else:
+                self._products += products
+
     def _grow(self, amax: float) -> None:
         """Double the reach until it covers amax; two old bins fall into one new bin, so no count is lost."""
         while self._reach < amax:
@@ -126,6 +141,7 @@ class Observer:
             self._max,
             self._sum / self._count,
             self._square / self._count,
+            None if self._products is None else self._products / np.float32(self._count),
         )
 
 

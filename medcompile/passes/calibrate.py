@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from medcompile.errors import CalibrationError
 from medcompile.passes.linear import linear_groups
 from medcompile.program import Context, Graph, Program
+from medcompile.rewrites import fresh_attention
+from medcompile.rewrites.fresh_attention import feeds_of
 from medcompile.spec import Stage
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Calibrate:
     graphs: tuple[str, ...] = ()
     minimum: int = 32
     name: str = "calibrate"
-    version: int = 2
+    version: int = 3
     needs: Stage = Stage.SIMPLIFIED
     gives: Stage = Stage.CALIBRATED
 
@@ -53,15 +55,12 @@ class Calibrate:
         return dataclasses.replace(program, statistics=statistics, stage=self.gives)
 
     def _observe(self, graph: Graph, ctx: Context) -> Mapping[str, Statistics]:
-        if ctx.batches is None or ctx.run_onnx is None:
-            raise CalibrationError(
-                f"{graph.name}: this variant needs calibration data",
-                fix="name a data manifest under calibration.data in the recipe, or make the variant dynamic: true",
-            )
+        needs_data(graph.name, ctx)
         items = tokens = 0
-        for feeds in ctx.batches(graph.name):
+        for feeds in ctx.batches(graph.name):  # type: ignore[misc]
             shape = next(iter(feeds.values())).shape
-            items += shape[0]
+            # A ragged batch holds the tokens of its sequences end to end.
+            items += len(feeds["query_starts"]) - 1 if "query_starts" in feeds else shape[0]
             tokens = max(tokens, shape[0] * (shape[1] if len(shape) > 1 else 1))
         if items < self.minimum:
             raise CalibrationError(
@@ -74,6 +73,15 @@ class Calibrate:
             ctx.progress.step(f"{graph.name}: {names[0]}", len(statistics), len(widths))
             statistics |= _stream(graph, names, ctx)
         return statistics
+
+
+def needs_data(graph: str, ctx: Context) -> None:
+    """Raises CalibrationError if there is no calibration data."""
+    if ctx.batches is None or ctx.run_onnx is None:
+        raise CalibrationError(
+            f"{graph}: this variant needs calibration data",
+            fix="name a data manifest under calibration.data in the recipe, or choose method: rtn and dynamic: true",
+        )
 
 
 def _grouped(widths: Mapping[str, int], tokens: int) -> Iterator[tuple[str, ...]]:
@@ -97,13 +105,15 @@ def _stream(graph: Graph, names: tuple[str, ...], ctx: Context) -> dict[str, Sta
     assert ctx.batches is not None and ctx.run_onnx is not None
     masks: list[Array | None] = []
 
+    part = portion(graph.model, names)
+
     def feeding() -> Iterator[Feeds]:
         for feeds in ctx.batches(graph.name):  # type: ignore[misc]
             masks.append(feeds.get("attention_mask"))
-            yield feeds
+            yield feeds_of(part, feeds)
 
     observers = {name: Observer() for name in names}
-    for outputs in ctx.run_onnx(_exposing(graph.model, names), feeding(), names):
+    for outputs in ctx.run_onnx(part, feeding(), names):
         mask = masks.pop(0)
         for name in names:
             try:
@@ -117,17 +127,28 @@ def _stream(graph: Graph, names: tuple[str, ...], ctx: Context) -> dict[str, Sta
     return {name: observer.statistics() for name, observer in observers.items()}
 
 
-def _exposing(model: ir.Model, names: tuple[str, ...]) -> ir.Model:
-    """A clone whose outputs are the named tensors, without what they don't need."""
+def portion(model: ir.Model, outputs: tuple[str, ...], given: tuple[str, ...] = ()) -> ir.Model:
+    """A clone that computes the values named outputs from model's inputs and the values named given, and nothing else.
+
+    Paged attention is written out for fresh sequences in it, so that any ONNX runtime runs it.
+    """
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     clone = model.clone()
     values = {value.name: value for node in clone.graph for value in node.outputs}
-    clone.graph.outputs[:] = [values[name] for name in names]
+    clone.graph.outputs[:] = [values[name] for name in outputs]
     for value in clone.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    for name in given:
+        value = values[name]
+        known = ir.Value(name=name, type=value.type or ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+        value.replace_all_uses_with(known)
+        value.name = f"{name}/made"
+        clone.graph.inputs.append(known)
     RemoveUnusedNodesPass()(clone)
+    fresh_attention.rewrite(clone)
+    clone.graph.inputs[:] = [value for value in clone.graph.inputs if value.uses()]
     return clone
 
 

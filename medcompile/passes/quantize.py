@@ -7,7 +7,9 @@ from a quantizer and from the statistics; this is the only room that knows both 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from medcompile.errors import QuantizeError
 from medcompile.passes.dynamic_int8 import dynamic_matmuls
 from medcompile.passes.edits import constant, insert
+from medcompile.passes.embeddings import quantize_embeddings
 from medcompile.passes.float8 import float8_matmuls
+from medcompile.passes.fold import fold
+from medcompile.passes.layerwise import Carried
 from medcompile.passes.linear import LinearGroup, linear_groups
 from medcompile.program import Context, Graph, Program
 from medcompile.spec import Precision, Stage, Variant
@@ -39,6 +44,7 @@ class Quantize:
     method: how an activation's clipping range is found where no quantizer rescales its channels; rescaled ones take
     all that was seen (clipping them gains nothing, and outliers are what the rescaling is for).
     percentile: for method percentile, the share of values kept, in %.
+    Where block_size does not divide a layer's inputs, it has smaller blocks: half of that, a quarter, 16 at least.
     A keep pattern is a glob over node names; `encoder.layer.3.output.dense` means the node of that module.
     Raises QuantizeError on a variant that makes no sense, missing statistics, or a damaged weight (naming the node).
     """
@@ -62,13 +68,9 @@ class Quantize:
                 graphs[name] = graph
                 continue
             model = graph.model.clone()
-            groups = linear_groups(model)
-            for done, group in enumerate(groups):
-                ctx.progress.step(f"{name}: {group.nodes[0].name}", done, len(groups))
-                nodes = tuple(n for n in group.nodes if not kept(n.name or "", variant.keep))
-                if nodes:
-                    group = LinearGroup(group.tensor, group.channels, nodes)  # noqa: PLW2901
-                    _quantize_group(model, group, variant, program.statistics.get(name, {}), self)
+            _quantize_graph(name, model, variant, program.statistics.get(name, {}), self, ctx)
+            if variant.embeddings is not None:
+                quantize_embeddings(model)
             _drop_unused(model)
             graphs[name] = Graph(graph.spec, model)
         return program.with_graphs(graphs, self.gives)
@@ -80,6 +82,8 @@ def kept(name: str, keep: tuple[str, ...]) -> bool:
 
 
 def _check(variant: Variant) -> None:
+    from medcompile import quantizers
+
     if Precision.FLOAT8 in (variant.weights, variant.activations):
         if (variant.weights, variant.activations, variant.method) != (Precision.FLOAT8, Precision.FLOAT8, "rtn"):
             raise QuantizeError(
@@ -102,6 +106,11 @@ def _check(variant: Variant) -> None:
             f"variant {variant.name}: int8 activations need int8 weights with one scale per output channel",
             fix="leave out block_size, or leave out activations for weight-only quantization",
         )
+    if variant.activations is not None and quantizers.get(variant.method).by_layer:
+        raise QuantizeError(
+            f"variant {variant.name}: {variant.method} is for quantized weights under activations that stay in float",
+            fix="leave out activations, or use method: smoothquant",
+        )
 
 
 def _check_keep(variant: Variant, program: Program) -> None:
@@ -116,14 +125,35 @@ def _check_keep(variant: Variant, program: Program) -> None:
             )
 
 
-def _quantize_group(
-    model: ir.Model, group: LinearGroup, variant: Variant, statistics: Mapping[str, Statistics], options: Quantize
+def _quantize_graph(
+    name: str, model: ir.Model, variant: Variant, statistics: Mapping[str, Statistics], options: Quantize, ctx: Context
 ) -> None:
+    from medcompile import quantizers
+
+    quantizer = quantizers.get(variant.method)
+    with ExitStack() as stack:
+        carried = stack.enter_context(Carried(model, name, ctx)) if quantizer.by_layer else None
+        groups = linear_groups(model)
+        for done, group in enumerate(groups):
+            ctx.progress.step(f"{name}: {group.nodes[0].name}", done, len(groups))
+            nodes = tuple(n for n in group.nodes if not kept(n.name or "", variant.keep))
+            if nodes:
+                stats = carried.statistics(group, quantizer) if carried else statistics.get(group.tensor)
+                factor = _quantize_group(
+                    model, LinearGroup(group.tensor, group.channels, nodes), variant, stats, options
+                )
+                if carried and factor is not None:
+                    carried.rescale(group.tensor, factor)
+
+
+def _quantize_group(
+    model: ir.Model, group: LinearGroup, variant: Variant, stats: Statistics | None, options: Quantize
+) -> Array | None:
+    """Returns what the channels of the group's input have been multiplied by where it is made, if they have."""
     import numpy as np
 
     from medcompile import quantizers
 
-    stats = statistics.get(group.tensor)
     if stats is None and variant.needs_statistics:
         raise QuantizeError(
             f"{group.nodes[0].name}: no statistics of its input {group.tensor}",
@@ -132,7 +162,8 @@ def _quantize_group(
     if variant.weights == Precision.FLOAT8:
         assert stats is not None
         float8_matmuls(model, group, stats)
-        return
+        return None
+    variant = dataclasses.replace(variant, block_size=_fitting_block(variant.block_size, group.channels))
     form = quantizers.WeightFormat(
         _BITS[Precision(variant.weights or "")], variant.block_size, variant.smoothing, variant.symmetric
     )
@@ -144,16 +175,24 @@ def _quantize_group(
     widths = np.cumsum([w.shape[1] for w in weights])[:-1]
     values = np.split(solution.values, widths, axis=1)
     scales = np.split(solution.scales, widths, axis=-1)
-    activation = _equalized(model, group, solution)
+    activation, factor = _equalized(model, group, solution)
     if variant.dynamic:
         dynamic_matmuls(model, group.nodes, activation, values, scales)
-        return
+        return factor
     if variant.activations is not None:
         assert stats is not None
         activation = _qdq(model, group, activation, _range(stats, solution, variant.symmetric, options), variant)
     for node, value, scale in zip(group.nodes, values, scales, strict=True):
         node.replace_input_with(0, activation)
         node.replace_input_with(1, _dequantized_weight(model, node, value, scale, variant))
+    return factor
+
+
+def _fitting_block(block_size: int | None, channels: int) -> int | None:
+    """block_size halved until it divides the layer's inputs, but to 16 at least: smaller ones no backend takes."""
+    while block_size and channels % block_size and block_size % 2 == 0 and block_size > 16:
+        block_size //= 2
+    return block_size
 
 
 def _weight(node: ir.Node) -> Array:
@@ -163,15 +202,18 @@ def _weight(node: ir.Node) -> Array:
     return array
 
 
-def _equalized(model: ir.Model, group: LinearGroup, solution: Solution) -> ir.Value:
-    """The group's input, times the inverse of the solution's input scale. One Mul serves all consumers; folding it
-    into a LayerNormalization would not be exact, because the residual path reads that too."""
+def _equalized(model: ir.Model, group: LinearGroup, solution: Solution) -> tuple[ir.Value, Array | None]:
+    """The group's input, times the inverse of the solution's input scale; and the inverse, if what makes the input
+    took it. Else one Mul serves all consumers: where a residual path reads the input too, say."""
     activation = group.nodes[0].inputs[0]
     assert activation is not None
     if solution.input_scale is None:
-        return activation
-    inverse = constant(model, f"{group.tensor}/inverse_scale", 1 / solution.input_scale)
-    return insert(model, group.nodes[0], "Mul", [activation, inverse], f"{group.tensor}/equalize")
+        return activation, None
+    inverse = 1 / solution.input_scale
+    if fold(model, activation, group.nodes, inverse):
+        return activation, inverse
+    factor = constant(model, f"{group.tensor}/inverse_scale", inverse)
+    return insert(model, group.nodes[0], "Mul", [activation, factor], f"{group.tensor}/equalize"), None
 
 
 def _range(stats: Statistics, solution: Solution, symmetric: bool, options: Quantize) -> tuple[float, float]:
@@ -213,8 +255,9 @@ def _dequantized_weight(model: ir.Model, node: ir.Node, values: Array, scales: A
     inputs = [
         constant(model, f"{base}/weight", values.astype(integer, copy=False)),
         constant(model, f"{base}/weight_scale", scales),
-        constant(model, f"{base}/weight_zero_point", np.zeros(scales.shape, integer)),
     ]
+    if not variant.block_size:  # of blocks TensorRT takes none, and OpenVINO would subtract even zeros
+        inputs.append(constant(model, f"{base}/weight_zero_point", np.zeros(scales.shape, integer)))
     attributes = {"axis": 0, "block_size": variant.block_size} if variant.block_size else {"axis": 1}
     return insert(model, node, "DequantizeLinear", inputs, f"{base}/weight_dequantize", attributes=attributes)
 

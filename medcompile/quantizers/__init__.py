@@ -50,6 +50,12 @@ class Quantizer(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def by_layer(self) -> bool:
+        """True if solve needs Statistics.products, which are gathered for one layer at a time, with the layers before
+        it quantized already."""
+        ...
+
     def observe(self, stats: Observer, activation: NDArray[Any]) -> None:
         """Take in activation [rows, inputs] of the tensor that stats describes. Calibration calls it per batch."""
         ...

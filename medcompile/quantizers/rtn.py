@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 class RoundToNearest:
     name = "rtn"
+    by_layer = False
 
     def observe(self, stats: Observer, activation: NDArray[Any]) -> None:
         stats.add(activation)

@@ -27,6 +27,7 @@ _GRID = tuple(product(np.linspace(0, 1, 11), (0.0, 0.1, 0.2, 0.4)))
 
 class SmoothQuant:
     name = "smoothquant"
+    by_layer = False
 
     def observe(self, stats: Observer, activation: NDArray[Any]) -> None:
         stats.add(activation)

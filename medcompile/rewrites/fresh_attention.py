@@ -37,7 +37,10 @@ def rewrite(model: ir.Model) -> int:
         key = (id(starts), window)
         if key not in masks:
             masks[key] = _hidden(model, node, starts, window)
-        replace(node.outputs[0], _attention(model, node, masks[key]))
+        paged, plain = node.outputs[0], _attention(model, node, masks[key])
+        name = paged.name
+        replace(paged, plain)
+        paged.name, plain.name = f"{name}/paged", name
         model.graph.remove(node, safe=True)
     if nodes:
         common.RemoveUnusedNodesPass()(model)
