@@ -14,10 +14,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import CalibrationError
-from medcompile.passes.calibrate import real_rows
+from medcompile.passes.calibrate import portion, real_rows
 from medcompile.passes.linear import linear_groups
 from medcompile.passes.quantize import Quantize, kept
 from medcompile.program import Context, Graph, Program
+from medcompile.rewrites.fresh_attention import feeds_of
 from medcompile.spec import Variant
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def _outputs(model: ir.Model, graph: Graph, ctx: Context, batches: int) -> Itera
     assert ctx.batches is not None and ctx.run_onnx is not None
     feeds: list[Feeds] = list(islice(ctx.batches(graph.name), batches))
     names = tuple(value.name or "" for value in model.graph.outputs)
-    for feed, outputs in zip(feeds, ctx.run_onnx(model, iter(feeds), names), strict=True):
+    part = portion(model, names)
+    results = ctx.run_onnx(part, (feeds_of(part, feed) for feed in feeds), names)
+    for feed, outputs in zip(feeds, results, strict=True):
         for name in names:
             yield real_rows(outputs[name], feed.get("attention_mask"))

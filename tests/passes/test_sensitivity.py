@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from medcompile.passes.calibrate import Calibrate
 from medcompile.passes.quantize import Quantize
 from medcompile.passes.sensitivity import sensitivity
 from medcompile.spec import Precision, Variant
-from tests.passes import two_layers
+from tests.passes import gated, two_layers
 
 STATIC = Variant("int8", weights=Precision.INT8, activations=Precision.INT8)
 
@@ -39,3 +40,13 @@ def test_sensitivity_without_data_is_refused() -> None:
     bare = dataclasses.replace(two_layers.context(variant=STATIC), batches=None)
     with pytest.raises(CalibrationError, match="needs a variant and calibration data"):
         sensitivity(two_layers.program(), bare, Quantize())
+
+
+def test_a_decoder_with_paged_attention_is_ranked_too(tmp_path: Path) -> None:
+    variant = Variant("int4", weights=Precision.INT4, block_size=16, method="gptq", keep=("layers.0.*",))
+    ranked = sensitivity(gated.program(), gated.context(tmp_path, variant), Quantize(), batches=2)["generate"]
+    assert {name.split("/")[0] for s in ranked for name in s.nodes} == {
+        "lm_head",
+        *(f"layers.1.{n}" for n in ("q", "k", "v", "o", "gate", "up", "down")),
+    }
+    assert all(0 < s.error < 1 for s in ranked)
