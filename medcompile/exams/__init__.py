@@ -1,7 +1,8 @@
 """Exams: what a graph is asked on a data set, how its answers come about, and what they are judged by.
 
-One file per kind of model: text.py (encoders), towers.py (image and text). An exam runs executors, the reference's as
-well as an artifact's; which artifacts are examined, and what becomes of the evidence, is verify.py's.
+One file per kind of model: text.py (encoders), towers.py (image and text), decoder.py (language models). An exam runs
+executors, the reference's as well as an artifact's; which artifacts are examined, and what becomes of the evidence, is
+verify.py's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-_ROOMS = {"image": "towers", "text": "towers"}
+_ROOMS = {"image": "towers", "text": "towers", "generate": "decoder"}
 
 
 @dataclass(frozen=True)

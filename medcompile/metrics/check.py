@@ -27,8 +27,11 @@ def check_same_items(material: Material) -> None:
         _check_words(material)
     if task in VECTORS:
         _check_vectors(material)
-    if task in ("image", "text"):
+    if task == "generate":
+        _check_tokens(material)
+    if task in ("image", "text", "generate"):
         _check_scores(material)
+    if task in ("image", "text"):
         _check_ranks(material)
 
 
@@ -42,6 +45,24 @@ def _check_words(m: Material) -> None:
         _check_ids(m, name, np.concatenate([np.zeros(0, np.int64), *(np.asarray(s, np.int64) for s in sentences)]))
     if not sum(len(np.asarray(s)) for s in reference):
         raise DataError(f"{m.task}: the evaluation items hold no words", fix="check the words field of the data")
+
+
+def _check_tokens(m: Material) -> None:
+    reference, candidate = m.both
+    for i, (first, second) in enumerate(zip(reference.values, candidate.values, strict=True)):
+        if len(first) != len(second) or not len(first):
+            raise DataError(
+                f"{m.task}: item {i} has {len(first)} tokens for one and {len(second)} for the other", fix=_FIX
+            )
+        if not np.isfinite(first).all():
+            raise DataError(f"{m.task}: the reference's values hold NaN or Inf", fix="check the source weights")
+    for name in ("top1", "positions", "kept_ids", "kept_logs"):
+        one, other = getattr(reference, name), getattr(candidate, name)
+        same = one is None if other is None else one is not None and one.shape == other.shape
+        if same and one is not None and name in ("positions", "kept_ids"):
+            same = np.array_equal(one, other)
+        if not same:
+            raise DataError(f"{m.task}: reference and candidate differ in {name}", fix=_FIX)
 
 
 def _check_ids(m: Material, name: str, ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:

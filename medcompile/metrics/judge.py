@@ -16,7 +16,7 @@ def verdict(sample: Sample, margin: Margin) -> tuple[Verdict, str]:
     """
     if margin.max_drop * sample.events < 1.0:
         return Verdict.INCONCLUSIVE, f"a margin of {margin.max_drop:g} is less than one event in {sample.events:g}"
-    difference = sample.value - sample.reference
+    difference = sample.difference
     below, above = sample.widths(1.0 - margin.confidence)
     if difference - below > -margin.max_drop:
         return Verdict.NON_INFERIOR, ""
@@ -40,7 +40,7 @@ def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, grap
     """Test one metric. Without a margin the interval (at 95 %) is reported and nothing is judged."""
     confidence = margin.confidence if margin else 0.95
     alpha = 1.0 - confidence
-    difference = sample.value - sample.reference
+    difference = sample.difference
     below, _ = sample.widths(alpha)
     outer = sample.widths(alpha / 2)
     outcome: Verdict | None = None

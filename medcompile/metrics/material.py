@@ -33,11 +33,16 @@ class Predictions:
 
     values: token-classification: label ids of the words, int [words] per item; sequence-classification and fill-mask:
     one class or token id per item; embed: float32 [n, hidden]; image: embeddings of the images, float32 [images, dim];
-    text: embeddings of the texts asked, float32 [texts, dim].
+    text: embeddings of the texts asked, float32 [texts, dim]; generate: log-likelihoods of each text's tokens, natural,
+    float32 [tokens] per item.
     passages: embed on query/passage data: float32 [m, hidden], m >= n; passage i answers query i, the rest distract.
-    scores: image and text: zero-shot probabilities, float [images, classes].
+    scores: image and text: zero-shot probabilities, float [images, classes]; generate: how likely each answer to choose
+    from is, a mean log-likelihood, [items, answers].
     image_to_text, text_to_image: image and text: the rank of each image's own text among all texts, and of each text's
     own image among all images, int64 [images], from 0, as partner_ranks gives them.
+    top1: generate: the likeliest token at each place of values laid end to end, int32, -1 where there is none.
+    positions: generate: places among those, int64 [n], rising. kept_ids: the reference's likeliest tokens there, and
+    some drawn from its others (language.py), int32 [n, k]. kept_logs: the asked model's log-likelihoods of them, [n, k].
     """
 
     values: Sequence[NDArray[np.generic]] | NDArray[np.generic]
@@ -45,6 +50,10 @@ class Predictions:
     scores: NDArray[np.floating] | None = None
     image_to_text: Ints | None = None
     text_to_image: Ints | None = None
+    top1: NDArray[np.integer] | None = None
+    positions: Ints | None = None
+    kept_ids: NDArray[np.integer] | None = None
+    kept_logs: NDArray[np.floating] | None = None
 
 
 class MissingMaterial(DataError):
@@ -114,6 +123,8 @@ class Material:
     @cached_property
     def broken(self) -> int:
         """Rows of the candidate's answers that hold NaN or Inf."""
+        if self.task == "generate":
+            return sum(not np.isfinite(v).all() for v in self.candidate.values)
         answers = [np.asarray(self.candidate.values)] if self.task in VECTORS else []
         answers += [a for a in (self.candidate.passages, self.candidate.scores) if a is not None]
         return int(sum((~np.isfinite(a).all(axis=1)).sum() for a in answers))

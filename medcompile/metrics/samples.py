@@ -41,6 +41,11 @@ class Sample(Protocol):
     @property
     def value(self) -> float: ...
     @property
+    def difference(self) -> float:
+        """How much better the candidate is; below 0 where it is worse."""
+        ...
+
+    @property
     def samples(self) -> int: ...
     @property
     def units(self) -> int: ...
@@ -114,6 +119,10 @@ class PairedFlips:
     @property
     def value(self) -> float:
         return float(self.candidate_right.mean())
+
+    @property
+    def difference(self) -> float:
+        return self.value - self.reference
 
     @property
     def samples(self) -> int:
@@ -240,6 +249,10 @@ class PairedTotals:
         return self._values[1]
 
     @property
+    def difference(self) -> float:
+        return float(self._difference(self.totals.rows.sum(axis=0)))
+
+    @property
     def units(self) -> int:
         return len(self.totals.rows)
 
@@ -279,7 +292,7 @@ class PairedTotals:
 
     def widths(self, alpha: float) -> tuple[float, float]:
         if self.units < 2:
-            return 1.0 + self.value - self.reference, 1.0 - self.value + self.reference
+            return 1.0 + self.difference, 1.0 - self.difference
         if self.counted:
             return self._events.widths(alpha)
         error, scaled = self._studentized
@@ -292,6 +305,20 @@ class PairedTotals:
             return self._events.power(margin, alpha, growth)
         error = max(self._studentized[0], self.resolution) / math.sqrt(growth)
         return NORMAL.cdf(margin / error - NORMAL.inv_cdf(1.0 - alpha))
+
+
+@dataclass(frozen=True)
+class PairedCost(PairedTotals):
+    """A metric of which less is better. relative: judged as a share of the reference's, 0.01 being 1 % of it."""
+
+    relative: bool = False
+
+    def _difference(self, totals: Floats) -> Floats:
+        reference, candidate = self._scores(totals)
+        return (reference - candidate) / (reference if self.relative else 1.0)
+
+    def widths(self, alpha: float) -> tuple[float, float]:
+        return super().widths(alpha) if self.units > 1 else (_WIDEST, _WIDEST)
 
 
 @dataclass(frozen=True)
@@ -311,6 +338,10 @@ class LowestValue:
     @property
     def value(self) -> float:
         return float(self.lowest.min())
+
+    @property
+    def difference(self) -> float:
+        return self.value - self.reference
 
     @property
     def units(self) -> int:

@@ -2,7 +2,7 @@
 
 A metric is one entry of METRICS, a function from Material to a paired sample. A name that ends in @k takes a whole
 number ("recall@5"), one that ends in [label] a label's name ("recall[Disease]"). Intervals and verdicts are not known
-here. The metrics of image and text towers are in pairs.py.
+here. The metrics of image and text towers are in pairs.py, those of language models in language.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medcompile.metrics.intervals import Floats
+from medcompile.metrics.language import METRICS as LANGUAGE
 from medcompile.metrics.material import (
     QUERIES_AT_ONCE,
     Ints,
@@ -177,6 +178,7 @@ METRICS: Mapping[str, Mapping[str, Metric]] = {
     },
     "image": _OF_PAIRS,
     "text": _OF_PAIRS,
+    "generate": LANGUAGE,
 }
 """What a budget may name, by task; adding a metric is one entry here."""
 
@@ -186,5 +188,5 @@ RECALL_DEPTHS = (1, 5)
 MOST_LABELS = 12
 """With more labels than these, a metric is reported of each only where a margin names it; with one, it says no more."""
 
-ITEM = {"token-classification": "sentence", "embed": "text", "image": "image", "text": "image"}
+ITEM = {"token-classification": "sentence", "embed": "text", "image": "image", "text": "image", "generate": "text"}
 """What one item is called on screen; "item" elsewhere."""

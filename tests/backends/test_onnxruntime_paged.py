@@ -18,6 +18,7 @@ from medcompile.errors import BackendError
 from medcompile.kernels.reference import paged_attention
 from medcompile.runtime.decoder import StepBatch
 from medcompile.spec import GraphSpec, Precision, Target, TensorSpec, Variant
+from tests import decoders as tiny
 from tests.kernels import decoders
 
 Array = np.ndarray[Any, Any]
@@ -61,8 +62,14 @@ class Oracle:
             q, k, v = (x @ w[f"layers.{layer}.{part}.weight"] for part in "qkv")
             given: list[Array] = [q, k, v, *self.pools[2 * layer : 2 * layer + 2]]
             given += [batch.query_starts, batch.past_lens, batch.block_table]
-            sizes = {"heads": decoders.HEADS, "kv_heads": decoders.KV_HEADS, "head_dim": decoders.HEAD_DIM}
-            mixed = paged_attention(*given, **sizes, scale=decoders.HEAD_DIM**-0.5, sliding_window=window)
+            mixed = paged_attention(
+                *given,
+                heads=decoders.HEADS,
+                kv_heads=decoders.KV_HEADS,
+                head_dim=decoders.HEAD_DIM,
+                scale=decoders.HEAD_DIM**-0.5,
+                sliding_window=window,
+            )
             x = x + mixed @ w[f"layers.{layer}.o"]
         found: Array = x[batch.logit_rows] @ w["head"]
         return found
@@ -210,28 +217,34 @@ def test_an_accuracy_level_that_the_library_lacks_is_refused(tmp_path: Path, bui
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_ragged_chunks_give_every_token_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
+    folder = tiny.write_checkpoint(kind, tmp_path / "model")
+    program = tiny.simplified(folder)
+    typed = tiny.write_graph(program, tmp_path / "typed")
+    (tmp_path / "out").mkdir()
+    made = BACKEND.build(typed, program.graphs["generate"].spec, Variant("fp32"), TARGET, tmp_path / "out")
+    model = BACKEND.load_decoder(tmp_path / "out" / made.file, Variant("fp32"), 1, 24)
+    reference = tiny.reference(folder)
+    given = [np.random.default_rng(n).integers(3, tiny.VOCABULARY, n) for n in (1, 70, 33, 12)]
+    for ids, logits in zip(given, tiny.chunked_logits(model, given), strict=True):
+        np.testing.assert_allclose(logits, tiny.logits_of(reference, ids), rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers_generate(tmp_path: Path, shared: Path) -> None:
     import torch
-    import transformers
-
-    from medcompile import onnx_files, sources
-    from medcompile.models import ModelOptions, llama
-    from medcompile.passes.export import export
-    from medcompile.passes.simplify import Simplify
-    from medcompile.program import Context, Silent
 
     folder, length = shared / "models/tiny-medllama", 24
-    checkpoint = sources.resolve(f"path:{folder}", cache=tmp_path / "cache")
-    program = Simplify()(export(llama.FAMILY, checkpoint, ModelOptions(("generate",), ())), Context(tmp_path, Silent()))
-    onnx_files.save({"typed": program.graphs["generate"].model}, tmp_path)
+    program = tiny.simplified(folder)
+    typed = tiny.write_graph(program, tmp_path / "typed")
     (tmp_path / "built").mkdir()
-    spec = program.graphs["generate"].spec
-    made = BACKEND.build(tmp_path / "typed.onnx", spec, Variant("fp32"), TARGET, tmp_path / "built")
+    made = BACKEND.build(typed, program.graphs["generate"].spec, Variant("fp32"), TARGET, tmp_path / "built")
     assert "4 paged attention, 9 RMS norm" in made.notes[0]
     decoder = BACKEND.load_decoder(tmp_path / "built" / made.file, Variant("fp32"), 1, 64)
 
     torch.set_num_threads(1)
-    original: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    original = tiny.reference(folder)
     rng = np.random.default_rng(0)
     texts = [rng.integers(5, 4096, size) for size in (3, 70, 33, 17)]
     tables = [np.arange(4 * i, 4 * i + 4) for i in range(len(texts))]
