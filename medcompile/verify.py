@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from medcompile.bundle import Bundle, rewrite
 from medcompile.data import Dataset
 from medcompile.errors import BackendError, BackendUnavailable, BundleError, DataError, UsageError
 from medcompile.exams import Exam
+from medcompile.exams.decoder import BLOCKS, FreshGraph, FreshSequence
 from medcompile.metrics import Predictions
 from medcompile.spec import (
     GRAPH_VERIFIED,
@@ -46,14 +47,23 @@ _TIMED_S = 2.0
 
 
 def latency_ms(executor: Executor, spec: GraphSpec) -> float:
-    """Median milliseconds of one run at the first profile's opt shape, every position a real token, after a warm-up."""
+    """Median milliseconds of one run at the first profile's opt shape, every position a real token, after a warm-up.
+
+    Of a decoder: of a step that gives each of opt sequences its next token.
+    """
+    if isinstance(executor, FreshSequence):
+        return _median_ms(executor.timed(spec.profiles[0].axis("sequences").opt))
     sizes = {axis.name: axis.opt for axis in spec.profiles[0].axes}
     feeds = {t.name: np.ones([sizes[d] if isinstance(d, str) else d for d in t.shape], t.dtype) for t in spec.inputs}
-    executor.run(feeds)
+    return _median_ms(lambda: executor.run(feeds))
+
+
+def _median_ms(run: Callable[[], object]) -> float:
+    run()
     times: list[float] = []
     while len(times) < _TIMED_RUNS and sum(times) < _TIMED_S:
         start = time.perf_counter()
-        executor.run(feeds)
+        run()
         times.append(time.perf_counter() - start)
     return round(statistics.median(times) * 1000, 3)
 
@@ -82,7 +92,8 @@ class Trial:
     @classmethod
     def of(cls, exam: Exam, reference: Path, budget: Sequence[Margin]) -> Trial:
         """reference: the .npz of the answers that were kept."""
-        return cls(exam, read_reference(reference, exam), budget)
+        answers = read_reference(reference, exam)
+        return cls(exam.against(answers), answers, budget)
 
     def run(
         self,
@@ -104,7 +115,7 @@ class Trial:
             try:
                 here = backend.probe(target.name)
                 executors = {
-                    name: opened.enter_context(backend.load(paths[name], spec, variant.on(name), target, threads))
+                    name: opened.enter_context(_loaded(backend, paths[name], spec, variant.on(name), target, threads))
                     for name, spec in graphs.items()
                 }
             except BackendError as error:
@@ -119,7 +130,7 @@ class Trial:
         try:
             with ExitStack() as opened:
                 graphs = self.exam.graphs
-                executors = {n: opened.enter_context(_OnCpu(typed[n], spec)) for n, spec in graphs.items()}
+                executors = {n: opened.enter_context(_on_cpu(typed[n], spec)) for n, spec in graphs.items()}
                 return Findings(self._judged(executors), None, GRAPH_VERIFIED, reason)
         except BackendError as error:
             return Findings((), None, NOT_VERIFIED, f"{reason}; nor does its graph run here: {error.message}")
@@ -128,17 +139,36 @@ class Trial:
         return exams.judge(self.exam, self.budget, self.reference, self.exam.answers(executors))
 
 
+def _loaded(
+    backend: Backend, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None
+) -> Executor:
+    if backends.is_paged(spec):
+        return FreshSequence(spec.name, backends.load_decoder(backend, path, variant, threads, BLOCKS))
+    return backend.load(path, spec, variant, target, threads)
+
+
+def _on_cpu(typed: Path, spec: GraphSpec) -> Executor:
+    """Raises BackendError where ONNX Runtime's CPU provider lacks an operator or a format."""
+    try:
+        if backends.is_paged(spec):
+            return FreshGraph(typed, spec.name, int(spec.outputs[0].shape[-1]))
+        return _OnCpu(typed, spec)
+    except BackendUnavailable:
+        raise
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"its graph is run with onnx_ir: {error}", fix='pip install "medcompile[build]"'
+        ) from error
+    except run_onnx.errors() as error:
+        raise BackendError(f"ONNX Runtime's CPU provider refuses it: {str(error).splitlines()[0]}") from error
+
+
 class _OnCpu(Executor):
     """A typed graph as it is, run by ONNX Runtime's CPU provider: the numerical oracle for what can't run here."""
 
     def __init__(self, typed: Path, spec: GraphSpec) -> None:
         super().__init__(spec)
-        try:
-            self._session: Any = run_onnx.session(typed)
-        except BackendUnavailable:
-            raise
-        except run_onnx.errors() as error:
-            raise BackendError(f"ONNX Runtime's CPU provider refuses it: {str(error).splitlines()[0]}") from error
+        self._session: Any = run_onnx.session(typed)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         check_feeds(self.spec, feeds)

@@ -73,6 +73,10 @@ class Exam(Protocol):
         """What the executors (by graph name) answer."""
         ...
 
+    def against(self, reference: Predictions) -> Exam:
+        """The exam as a candidate has to take it: what it is asked may depend on what the reference answered."""
+        ...
+
     def feeds(self, batch: int) -> Iterator[Feeds]:
         """The inputs of the graph for all items, about batch of them at a time: what calibration runs on."""
         ...

@@ -11,9 +11,10 @@ different lengths comparable; where all are equally long it changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,8 @@ POSITIONS = 8192
 """Places at most where tokens are kept for it. Of more places every second, third, ... is: each takes 640 bytes."""
 BLOCKS = QUESTION // 16
 """Blocks of any size that a StepModel needs for an exam."""
+PAST = 64
+"""Tokens before the ones of a step that is timed."""
 _FEED_TOKENS = 1024
 _CELLS = 1 << 22  # probabilities held at once: 32 MiB
 
@@ -53,9 +56,23 @@ class FreshSequence(Executor):
     """
 
     def __init__(self, name: str, model: StepModel) -> None:
-        ids = TensorSpec("input_ids", "int64", ("tokens",))
-        super().__init__(GraphSpec(name, (ids,), (TensorSpec("logits", "float32", ("tokens", model.vocabulary)),), ()))
+        super().__init__(_face(name, model.vocabulary))
         self._model = model
+
+    def timed(self, sequences: int) -> Callable[[], object]:
+        """A step that gives each of so many sequences its next token, after a history of PAST tokens."""
+        size = self._model.block_size
+        used = -(-(PAST + 1) // size)
+        held = min(sequences, self._model.blocks // used)
+        batch = StepBatch(
+            input_ids=np.ones(held, np.int64),
+            positions=np.full(held, PAST),
+            query_starts=np.arange(held + 1, dtype=np.int32),
+            past_lens=np.full(held, PAST, np.int32),
+            block_table=np.arange(held * used, dtype=np.int32).reshape(held, used),
+            logit_rows=np.arange(held),
+        )
+        return lambda: self._model.step(batch)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         return {"logits": self._model.step(StepBatch(**fresh_step([feeds["input_ids"]], self._model.block_size)))}
@@ -78,6 +95,37 @@ def fresh_step(sequences: Sequence[Array], block_size: int) -> dict[str, Array]:
         "block_table": table.astype(np.int32),
         "logit_rows": np.arange(lengths.sum()),
     }
+
+
+class FreshGraph(Executor):
+    """A typed graph behind the same face, run by ONNX Runtime's CPU provider: the numerical oracle. Needs onnx_ir.
+
+    Raises what the library raises on a graph that it refuses.
+    """
+
+    def __init__(self, typed: Path, name: str, vocabulary: int) -> None:
+        import onnx_ir as ir
+
+        from medcompile import onnx_files, run_onnx
+        from medcompile.rewrites import fresh_attention
+
+        super().__init__(_face(name, vocabulary))
+        self._model = onnx_files.load(typed)
+        fresh_attention.rewrite(self._model)
+        self._session: Any = run_onnx.session(ir.to_proto(self._model).SerializeToString(), typed.parent)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        from medcompile.rewrites.fresh_attention import feeds_of
+
+        return {"logits": self._session.run(["logits"], feeds_of(self._model, fresh_step([feeds["input_ids"]], 32)))[0]}
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _face(name: str, vocabulary: int) -> GraphSpec:
+    ids = TensorSpec("input_ids", "int64", ("tokens",))
+    return GraphSpec(name, (ids,), (TensorSpec("logits", "float32", ("tokens", vocabulary)),), ())
 
 
 @dataclass(frozen=True)
