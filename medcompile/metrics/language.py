@@ -45,7 +45,7 @@ def _perplexity(name: str, m: Material) -> Sample:
 
 
 def _divergence(name: str, m: Material) -> Sample:
-    """Mean Kullback-Leibler divergence of the candidate from the reference per token, over all tokens there are, in nats.
+    """Mean Kullback-Leibler divergence of the candidate from the reference per token, over the vocabulary, in nats.
 
     At each position the terms of the reference's likeliest tokens are summed, and the sum over all others is estimated
     by tokens drawn from the reference's distribution over them: without bias, so that only noise, which the interval

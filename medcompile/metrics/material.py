@@ -42,7 +42,7 @@ class Predictions:
     own image among all images, int64 [images], from 0, as partner_ranks gives them.
     top1: generate: the likeliest token at each place of values laid end to end, int32, -1 where there is none.
     positions: generate: places among those, int64 [n], rising. kept_ids: the reference's likeliest tokens there, and
-    some drawn from its others (language.py), int32 [n, k]. kept_logs: the asked model's log-likelihoods of them, [n, k].
+    some drawn from its others (language.py), int32 [n, k]. kept_logs: their log-likelihoods by the model asked.
     """
 
     values: Sequence[NDArray[np.generic]] | NDArray[np.generic]
