@@ -13,11 +13,18 @@ if TYPE_CHECKING:
 
 
 def constant(model: ir.Model, name: str, array: Array) -> ir.Value:
-    """array as an initializer of model."""
+    """array as an initializer of model. int4 is held as it is written, two values to a byte."""
+    import ml_dtypes
     import numpy as np
     import onnx_ir as ir
 
-    tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+    tensor: ir.TensorProtocol
+    if array.dtype == ml_dtypes.int4 and array.size % 2 == 0:
+        nibbles = array.reshape(-1).view(np.uint8) & 0x0F
+        packed = nibbles[0::2] | nibbles[1::2] << 4
+        tensor = ir.PackedTensor(packed, ir.DataType.INT4, shape=ir.Shape(array.shape), name=name)
+    else:
+        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value

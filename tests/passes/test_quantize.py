@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from medcompile.errors import QuantizeError
 from medcompile.passes.calibrate import Calibrate
+from medcompile.passes.edits import constant
 from medcompile.passes.quantize import Quantize
 from medcompile.program import Program
 from medcompile.spec import Precision, Stage, Variant
@@ -138,6 +141,17 @@ def test_weights_in_blocks_are_a_blocked_dequantizelinear(weights: Precision, bo
         assert node.attributes["block_size"].as_int() == 16
         assert stored(node, 1).shape[0] == stored(node, 0).shape[0] // 16
     assert relative_error(result) < bound
+
+
+def test_int4_takes_half_a_byte_in_memory_and_comes_back_exactly(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-7, 8, (6, 5)).astype(ml_dtypes.int4)
+    model = two_layers.program().graphs["tiny"].model
+    tensor = constant(model, "packed", values).const_value
+    assert tensor is not None
+    assert tensor.raw.nbytes == tensor.nbytes == 15
+    np.testing.assert_array_equal(tensor.numpy().astype(np.int8), values.astype(np.int8))
+    written = ir.from_proto(ir.to_proto(model)).graph.initializers["packed"].const_value.numpy()
+    np.testing.assert_array_equal(written.astype(np.int8), values.astype(np.int8))
 
 
 def test_a_damaged_weight_is_named() -> None:
