@@ -194,7 +194,8 @@ class Margin:
 class Evidence:
     """The outcome of one non-inferiority test, paired against the fp32 reference on the same items.
 
-    difference is value - reference, signed so that a loss is negative whatever the metric's direction.
+    difference is value - reference, signed so that a loss is negative whatever the metric's direction; of perplexity,
+    as a share of the reference's.
     lower is the one-sided lower confidence bound of difference; interval is two-sided at the same confidence.
     margin None: reported only, not judged, and verdict is None. samples counts items, units what was resampled.
     discordant: items whose decision differs from the reference's (None where the metric has no decisions).
