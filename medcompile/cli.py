@@ -263,13 +263,17 @@ def run(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A class to match images with; give at least two.")
     ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer that is generated; default: what the model's window holds.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Which of the bundle's tasks; default: its first.")] = None,
     backend: Annotated[str, typer.Option(help="auto, a target or a backend.")] = "auto",
     variant: Annotated[str, typer.Option(help="auto, or a variant's name.")] = "auto",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a bundle: entities, classes, masked words or vectors of texts; vectors of images, or how well prompts fit."""
+    """Run a bundle: entities, classes, masked words or vectors of texts; vectors of images, or how well prompts fit;
+    answers of decoders, as they grow."""
     from medcompile.runtime.session import load
 
     with load(bundle_path, backend=backend, variant=variant, threads=threads) as session:
@@ -281,6 +285,9 @@ def run(
         texts += [_read(path) for path in file or ()]
         if not texts or texts == ["-"]:
             texts = [sys.stdin.buffer.read()]
+        if chosen == "generate":
+            _run_decoder(session, texts, max_tokens, as_json)
+            return
         answers = _answers(session, chosen, texts)
     for answer in answers:
         typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else _told(chosen, answer))
@@ -421,6 +428,27 @@ def _run_images(session: Session, paths: list[str], prompts: list[str], as_json:
             typer.echo(json.dumps({"image": path, "scores": found}, ensure_ascii=False) if as_json else told)
     if bad:
         raise InputError(f"{bad} of {len(paths)} images can't be used", fix="see above; the others were answered")
+
+
+def _run_decoder(session: Session, texts: list[str | bytes], max_tokens: int | None, as_json: bool) -> None:
+    """Each text's answer, by the checkpoint's own sampling: as the user's words in a conversation, if it has a chat
+    template, else as they are."""
+    from dataclasses import replace
+
+    from medcompile.runtime.text import checked
+
+    text = session.generator.text
+    sampling = replace(text.sampling, max_tokens=max_tokens)
+    strings = checked(texts)
+    prompts = [[{"role": "user", "content": s}] if text.template else s for s in strings]
+    if as_json:
+        for completion in session.generator.generate(prompts, sampling):
+            typer.echo(json.dumps(asdict(completion), ensure_ascii=False))
+        return
+    for prompt in prompts:
+        for chunk in session.chunks(prompt, sampling):
+            typer.echo(chunk.text, nl=False)
+        typer.echo()
 
 
 def _told(task: str, answer: Any) -> str:
