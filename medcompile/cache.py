@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile import manifest, onnx_files, statistics
+from medcompile import manifest, onnx_files, statistics, stored
 from medcompile.bundle import lock_folder
 from medcompile.program import Graph, Program
 from medcompile.spec import GraphSpec, Stage
@@ -107,7 +107,7 @@ def _whole(folder: Path) -> bool:
 
 
 def write_program(program: Program, folder: Path) -> None:
-    """Graphs, weights and statistics of a program. An exported program's weights stay in the checkpoint."""
+    """Graphs, weights, statistics and stored formats of a program. An exported one's weights stay in the checkpoint."""
     import numpy as np
 
     models = {name: graph.model for name, graph in program.graphs.items()}
@@ -119,11 +119,14 @@ def write_program(program: Program, folder: Path) -> None:
             for part, array in statistics.to_arrays(s).items()
         }
         np.savez(folder / f"{graph}.statistics.npz", **arrays)  # type: ignore[arg-type]
+    for graph, table in program.stored.items():
+        np.savez(folder / f"{graph}.stored.npz", **stored.to_arrays(table))  # type: ignore[arg-type]
     face = {
         "family": program.family,
         "stage": program.stage.name,
         "graphs": {name: manifest.encode(graph.spec) for name, graph in program.graphs.items()},
         "statistics": sorted(program.statistics),
+        "stored": sorted(program.stored),
     }
     (folder / "program.json").write_text(json.dumps(face, sort_keys=True), encoding="utf-8")
 
@@ -135,7 +138,15 @@ def read_program(folder: Path) -> Program:
     for name, spec in face["graphs"].items():
         graphs[name] = Graph(manifest.decode(GraphSpec, spec, name), onnx_files.load(folder / f"{name}.onnx"))
     read = {graph: _read_statistics(folder / f"{graph}.statistics.npz") for graph in face["statistics"]}
-    return Program(face["family"], graphs, Stage[face["stage"]], read)
+    kept = {graph: _read_stored(folder / f"{graph}.stored.npz") for graph in face.get("stored", ())}
+    return Program(face["family"], graphs, Stage[face["stage"]], read, kept)
+
+
+def _read_stored(path: Path) -> Mapping[str, stored.StoredLinear]:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return stored.from_arrays(arrays)
 
 
 def _read_statistics(path: Path) -> Mapping[str, Any]:

@@ -36,6 +36,7 @@ _ROUNDING = {
     Precision.INT8: 0.1,
     Precision.FLOAT8: 0.15,
     Precision.INT4: 0.15,
+    Precision.STORED: 0.15,
 }
 _MOVING = frozenset({"Cast", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Concat", "Expand", "Slice", "Identity"})
 

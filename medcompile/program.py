@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
+    from medcompile.stored import StoredLinear
+
     Feeds = Mapping[str, "np.ndarray[Any, Any]"]
     RunOnnx = Callable[["ir.Model", Iterator[Feeds], tuple[str, ...]], Iterator[dict[str, "np.ndarray[Any, Any]"]]]
 
@@ -47,12 +49,16 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Program:
-    """The thing being compiled. graphs by name; statistics by graph and tensor name once calibrated."""
+    """The thing being compiled. graphs by name; statistics by graph and tensor name once calibrated.
+
+    stored: by graph and name of the weight, how a checkpoint that came quantized stores its linear layers.
+    """
 
     family: str
     graphs: Mapping[str, Graph]
     stage: Stage
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, Mapping[str, StoredLinear]] = field(default_factory=dict)
 
     def with_graphs(self, graphs: Mapping[str, Graph], stage: Stage) -> Program:
         return dataclasses.replace(self, graphs=dict(graphs), stage=stage)

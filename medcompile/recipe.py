@@ -188,8 +188,10 @@ class VariantKeys(_Keys):
         description="What stays in floating point has this type.",
         examples=["float32"],
     )
-    weights: Literal["int8", "int4", "float8"] | None = Field(
-        default=None, description="Stored format of the weights; none for float.", examples=["int8"]
+    weights: Literal["int8", "int4", "float8", "stored"] | None = Field(
+        default=None,
+        description="Format of the weights; stored: as a checkpoint that came quantized has them; none for float.",
+        examples=["int8"],
     )
     activations: Literal["int8", "float8"] | None = Field(
         default=None, description="Format that activations are rounded to; none for float.", examples=["int8"]

@@ -102,6 +102,7 @@ class Precision(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
     FLOAT8 = "float8"
+    STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Variant:
     """A precision recipe. Everything that decides numbers is named here; nothing is left to a backend's default.
 
     float_dtype: dtype of whatever stays in floating point. weights, activations: an integer format, or float8 (E4M3);
-    None leaves them in float_dtype.
+    None leaves them in float_dtype. Weights may be stored: as the checkpoint has them, which came quantized.
     dynamic: activation scales are taken per token at run time instead of from calibration.
     symmetric: activation zero points are 0 (what TensorRT asks for); False lets them move (CPU targets only).
     block_size: weights share a scale per block of this many inputs; None is one scale per output channel.

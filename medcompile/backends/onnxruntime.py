@@ -109,7 +109,8 @@ class OnnxRuntimeBackend:
             onnx_files.save({spec.name: model}, Path(scratch))
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
-        named = tuple(f"{name}={value}" for name, value in settings.items()) if variant.weights == "int4" else ()
+        small = variant.weights in ("int4", "stored")
+        named = tuple(f"{name}={value}" for name, value in settings.items()) if small else ()
         return Built("model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
 
     def load(

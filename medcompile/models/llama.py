@@ -88,6 +88,7 @@ class Llama:
 
     def assets(self, checkpoint: Checkpoint, options: ModelOptions, out: Path) -> tuple[str, ...]:
         """tokenizer.json, decoder.json, generation.json, and chat_template.jinja where the checkpoint has one."""
+        from medcompile import sources
         from medcompile.models import _text
 
         _write_json(out / "decoder.json", asdict(shape(checkpoint, options)) | {"block_size": options.block_size})
@@ -99,7 +100,7 @@ class Llama:
         else:
             (out / "chat_template.jinja").write_text(template, encoding="utf-8")
         _write_json(out / "generation.json", _text.generation(checkpoint))
-        return notes
+        return notes + sources.notes(checkpoint)
 
     def reference(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> Executor:
         """The original model over one sequence: input_ids [tokens] -> logits [tokens, vocabulary], of every token."""
@@ -117,7 +118,7 @@ class Llama:
             (TensorSpec("logits", "float32", ("tokens", sizes.vocabulary)),),
             options.profiles,
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
         model.eval()

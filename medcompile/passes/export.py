@@ -28,19 +28,26 @@ _REWRITTEN = 18  # below this onnxscript's converter leaves attributes that beca
 
 def export(family: Family, checkpoint: Checkpoint, options: ModelOptions) -> Program:
     """One graph per task, at Stage.EXPORTED. Raises SourceError, ProfileError, or PassError naming the graph."""
+    from medcompile import sources
+
     graphs: dict[str, Graph] = {}
+    stored, kept = sources.stored(checkpoint), {}
     for task in options.tasks:
         spec = family.graph_spec(checkpoint, task, options)
         if checkpoint.kind == "onnx":
             model = _imported(checkpoint, spec)
             family.adapt(model, checkpoint, task, options)
         else:
-            model = _traced(family, checkpoint, task, options, spec)
+            model, names = _traced(family, checkpoint, task, options, spec)
+            kept[task] = {ours: stored[theirs] for ours, theirs in names.items() if theirs in stored}
         graphs[task] = Graph(spec, model)
-    return Program(family.name, graphs, Stage.EXPORTED)
+    return Program(family.name, graphs, Stage.EXPORTED, stored=kept if stored else {})
 
 
-def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOptions, spec: GraphSpec) -> ir.Model:
+def _traced(
+    family: Family, checkpoint: Checkpoint, task: str, options: ModelOptions, spec: GraphSpec
+) -> tuple[ir.Model, dict[str, str]]:
+    """The graph, and by the name of each of its parameters what the checkpoint calls it."""
     import torch
 
     from medcompile import sources
@@ -67,7 +74,7 @@ def _traced(family: Family, checkpoint: Checkpoint, task: str, options: ModelOpt
     _strip(model)
     model.graph.name = task
     model.producer_name, model.producer_version = "medcompile", ""
-    return model
+    return model, {_without(ours, traced.prefixes): theirs for ours, theirs in traced.parameters.items()}
 
 
 def _bind(model: ir.Model, traced: Traced, tensors: Mapping[str, Any], task: str) -> None:

@@ -22,6 +22,7 @@ from medcompile.passes.float8 import float8_matmuls
 from medcompile.passes.fold import fold
 from medcompile.passes.layerwise import Carried
 from medcompile.passes.linear import LinearGroup, linear_groups
+from medcompile.passes.stored import stored_matmuls
 from medcompile.program import Context, Graph, Program
 from medcompile.spec import Precision, Stage, Variant
 
@@ -68,7 +69,10 @@ class Quantize:
                 graphs[name] = graph
                 continue
             model = graph.model.clone()
-            _quantize_graph(name, model, variant, program.statistics.get(name, {}), self, ctx)
+            if variant.weights is Precision.STORED:
+                stored_matmuls(model, _chosen(model, variant), program.stored.get(name, {}), variant)
+            else:
+                _quantize_graph(name, model, variant, program.statistics.get(name, {}), self, ctx)
             if variant.embeddings is not None:
                 quantize_embeddings(model)
             _drop_unused(model)
@@ -82,6 +86,8 @@ def kept(name: str, keep: tuple[str, ...]) -> bool:
 
 
 def _check(variant: Variant) -> None:
+    if variant.weights is Precision.STORED:
+        return
     from medcompile import quantizers
 
     if Precision.FLOAT8 in (variant.weights, variant.activations):
@@ -111,6 +117,15 @@ def _check(variant: Variant) -> None:
             f"variant {variant.name}: {variant.method} is for quantized weights under activations that stay in float",
             fix="leave out activations, or use method: smoothquant",
         )
+
+
+def _chosen(model: ir.Model, variant: Variant) -> list[LinearGroup]:
+    """Every group of linear layers, less the nodes that stay in float."""
+    groups = []
+    for group in linear_groups(model):
+        nodes = tuple(n for n in group.nodes if not kept(n.name or "", variant.keep))
+        groups.append(LinearGroup(group.tensor, group.channels, nodes))
+    return groups
 
 
 def _check_keep(variant: Variant, program: Program) -> None:

@@ -1,7 +1,8 @@
 """Where a model comes from: hf:, path: and package: sources become a Checkpoint, its weights a table of tensors.
 
 Nothing here builds a model or loads weights into memory. folder.py says which files count, hub.py fetches,
-tensors.py reads safetensors headers, pickled.py turns .bin into safetensors, gguf.py a GGUF file into a folder of such.
+tensors.py reads safetensors headers, pickled.py turns .bin into safetensors, gguf.py a GGUF file into a folder of such,
+and quantized.py a checkpoint that came quantized into one of floats beside a table of how it was stored.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from medcompile.sources.folder import (
     read_checkpoint,
     read_json,
 )
+from medcompile.sources.quantized import notes, read_quantized, stored
 from medcompile.sources.tensors import TensorRef, read_table
 
-__all__ = ["Checkpoint", "Kind", "TensorRef", "default_cache", "resolve", "tensors"]
+__all__ = ["Checkpoint", "Kind", "TensorRef", "default_cache", "notes", "resolve", "stored", "tensors"]
 
 _PACKAGE = re.compile(r"package:(?P<dist>[A-Za-z0-9][\w.-]*)==(?P<version>[^/\s]+)/(?P<inside>.+)")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -54,7 +56,7 @@ def resolve(
         from medcompile.sources import hub
 
         folder, names, commit = hub.fetch(source, revision, offline=offline, progress=progress)
-        return read_checkpoint(source, commit, folder, names, cache)
+        return _in_floats(read_checkpoint(source, commit, folder, names, cache))
     if scheme not in ("path", "package"):
         raise SourceError(
             f"{source}: unknown kind of source {scheme!r}" if scheme else f"{source!r} doesn't say what kind it is",
@@ -66,7 +68,8 @@ def resolve(
         folder = _path_folder(source, base or Path()) if scheme == "path" else _package_folder(source)
         if (path := gguf.find(folder)) is not None:
             return gguf.read_gguf(source, path, digest(source, folder, path.name), cache)
-        return read_checkpoint(source, None, folder, present(folder), cache)
+        checkpoint = read_checkpoint(source, None, folder, present(folder), cache)
+    return _in_floats(checkpoint)
 
 
 def default_cache() -> Path:
@@ -110,6 +113,10 @@ def tensors(checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
     if not table:
         raise SourceError(f"{source}: {', '.join(checkpoint.weights)} holds no tensor", fix="fetch it again")
     return table
+
+
+def _in_floats(checkpoint: Checkpoint) -> Checkpoint:
+    return read_quantized(checkpoint, lambda: tensors(checkpoint))
 
 
 def _path_folder(source: str, base: Path) -> Path:
