@@ -215,7 +215,7 @@ class _Build:
             notes = self.family.assets(self.checkpoint, self.options, folder / "assets")
             (folder / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
-        step = self.steps.run("assets", cache.key("assets", 1, self.source_key, _versions("tokenizers")), fill)
+        step = self.steps.run("assets", cache.key("assets", 2, self.source_key, _versions("tokenizers")), fill)
         for note in json.loads((step.folder / "notes.json").read_text(encoding="utf-8")):
             self.note(note)
         return step

@@ -19,6 +19,7 @@ def tokenizer(folder: Path) -> tuple[Any, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     if (folder / "tokenizer.json").is_file():
         made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        _complete(made)
     elif (folder / "vocab.txt").is_file():
         made, notes = _word_piece(folder)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -37,6 +38,16 @@ def settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return found
+
+
+def _complete(made: Any) -> None:
+    """Add the special tokens around texts to a WordPiece file that says none: transformers' BertTokenizer, which such
+    files are read by, puts them there whatever the file says."""
+    from tokenizers import models, processors
+
+    begin, end = (made.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    if made.post_processor is None and isinstance(made.model, models.WordPiece) and None not in (begin, end):
+        made.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", begin))
 
 
 def _word_piece(folder: Path) -> tuple[Any, tuple[str, ...]]:
