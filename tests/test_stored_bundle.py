@@ -1,4 +1,4 @@
-"""Checkpoints that come quantized, end to end: weights: stored in a bundle, judged against their dequantized weights."""
+"""Checkpoints that come quantized, end to end: weights: stored in a bundle, judged against the dequantized ones."""
 
 from __future__ import annotations
 

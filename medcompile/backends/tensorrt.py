@@ -316,6 +316,7 @@ def _check_graph(model: ir.Model, variant: Variant, what: str, target: str) -> N
             "and TensorRT multiplies integers with stored scales only",
             fix=f"leave out dynamic: true in variants.{variant.name}, or leave out target {target}",
         )
+    anew = "quantize anew, with weights: int4 or int8" if variant.weights == "stored" else "set symmetric: true"
     for node in model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear") or len(node.inputs) < 3:
             continue
@@ -326,8 +327,8 @@ def _check_graph(model: ir.Model, variant: Variant, what: str, target: str) -> N
         stored = zero_point.const_value
         if unsigned or stored is None or stored.numpy().astype("float32").any():
             raise BackendError(
-                f"{what}: {node.op_type} {node.name} has a zero point other than 0; TensorRT takes symmetric int8 only",
-                fix=f"set symmetric: true in variants.{variant.name}, or leave out target {target}",
+                f"{what}: {node.op_type} {node.name} has a zero point other than 0, which TensorRT does not take",
+                fix=f"{anew} in variants.{variant.name}, or leave out target {target}",
             )
 
 
