@@ -20,6 +20,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _WEIGHT_ONLY = ("awq", "gptq")
 _CALIBRATED = ("smoothquant", *_WEIGHT_ONLY)
 
+_FORMATS_OF_WEIGHTS = ("activations", "dynamic", "symmetric", "block_size", "method", "smoothing")
+
 Broken = Iterator[tuple[Keys, str, str]]
 """(way to the value, message, fix) for each rule broken."""
 
@@ -136,6 +138,14 @@ def _budget_checks(budget: dict[str, Any], model: dict[str, Any]) -> Broken:
 def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
     weights, activations = variant.get("weights"), variant.get("activations")
     label = ".".join(map(str, way))
+    given = [k for k in _FORMATS_OF_WEIGHTS if variant.get(k) not in (None, False, "rtn")]
+    if weights == "stored" and given:
+        yield (
+            (*way, given[0]),
+            f"{label}: stored weights have the formats that the checkpoint gave them",
+            f"remove {', '.join(given)}, or write weights: int8 or int4",
+        )
+        return
     if activations is not None and weights is None:
         yield (*way, "activations"), f"{label} quantizes activations but no weights", "add weights: int8"
     if activations is not None and weights == "int4":

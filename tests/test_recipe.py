@@ -157,6 +157,7 @@ BAD = {
     "int4 activations": (("activations: int8", "activations: int4"), (24, 18), "'int4' is not known here", "int8"),
     "int4 with activations": (("    weights: int8", "    weights: int4"), (24, 18), "int4 weights go with float activations", ""),
     "float8 with int8": (("    weights: int8", "    weights: float8"), (24, 18), "float8 goes with float8", "for weights and"),
+    "stored in blocks": (("fp32: {}", "fp32: {weights: stored, block_size: 32}"), (21, 39), "formats that the checkpoint", "remove block"),
     "float8 alone": (("fp32: {}", "fp32: {weights: float8}"), (21, 19), "one stored scale per tensor", "activations: float8"),
     "activations alone": (("    weights: int8\n", ""), (23, 18), "quantizes activations but no weights", "weights: int8"),
     "block without int4": (("symmetric: false", "block_size: 128"), (25, 17), "block_size is for int4", "int4"),
@@ -326,6 +327,13 @@ def test_an_override_can_mend_a_bad_value(folder: Path) -> None:
     path = write(folder, GOOD.replace("samples: 64", "samples: many"))
     loaded = recipe.load(path, ("calibration.samples=64",))
     assert loaded == recipe.load(write(folder, GOOD))
+
+
+def test_a_stored_variant_resolves_to_an_equal_one(folder: Path) -> None:
+    loaded = recipe.load(write(folder, GOOD.replace("fp32: {}", "fp32: {weights: stored}", 1)))
+    assert loaded.variant("fp32").weights == "stored"
+    assert not loaded.variant("fp32").needs_statistics
+    assert recipe.load(write(folder, recipe.resolved(loaded))) == loaded
 
 
 def test_resolved_text_has_every_default_and_loads_to_an_equal_recipe(folder: Path) -> None:
