@@ -10,7 +10,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from tests import tiny
+from tests import tiny, tiny_pair
 from tests.bad_input import GROUPS, Case, Outcome, Place
 
 HEAD = """\
@@ -25,7 +25,7 @@ from real runs; `...` stands for a folder or a long list.
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        workshop = tiny.built(root / "workshop", tiny.TASKS)
+        workshop, pair = tiny.built(root / "workshop", tiny.TASKS), tiny_pair.built(root / "pair")
         print(HEAD)
         for group, cases in GROUPS.items():
             print(f"## {group}\n\n| mistake | exit | message | fix |\n|---|---|---|---|")
@@ -33,7 +33,7 @@ def main() -> None:
                 folder = root / f"{group} {number}".replace(" ", "-")
                 folder.mkdir()
                 with contextlib.redirect_stdout(None):
-                    outcome = case.make(Place(workshop, folder))
+                    outcome = case.make(Place(workshop, folder, pair))
                 print(row(case, outcome, root))
             print()
 

@@ -5,6 +5,7 @@ tests/test_bad_input.py runs them all; benchmarks/bad_input.py prints them with 
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 
 import medcompile
 from medcompile.errors import MedcompileError
-from tests import tiny
+from tests import tiny, tiny_pair
 from tests.command_line import call
 from tests.tiny import Workshop
 
@@ -33,10 +35,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case is made: tmp is its own empty folder; the workshop is shared and only read (its cache may grow)."""
+    """Where a case is made: tmp is its own empty folder; the workshops are shared and only read (caches may grow).
+
+    pair: the one of two towers.
+    """
 
     workshop: Workshop
     tmp: Path
+    pair: Workshop
 
     def run(self, *args: object, stdin: bytes | None = None) -> Outcome:
         result = call(*args, stdin=stdin)
@@ -85,13 +91,42 @@ class Place:
         change(place)
         return self.run("inspect", place)
 
+    def towers(self, **sections: Any) -> Outcome:
+        """Build a recipe of two towers: sections change those of a good one."""
+        folder = self.pair.root / "calibration"
+        model = {"family": "clip", "tasks": ["image", "text"], "source": f"path:{self.pair.root / 'model'}"}
+        good = {
+            "model": model | sections.pop("model", {}),
+            "calibration": {"data": [str(folder / "phantoms.yaml")], "samples": 40},
+            "evaluation": {"data": str(folder / "held-out.yaml")},
+        }
+        path = tiny.write_recipe(self.tmp, tiny_pair.recipe(**(good | sections)))
+        return self.run("build", path, "--out", self.tmp / "out", "--cache", self.pair.cache)
+
+    def indexed(self, *rows: str) -> Outcome:
+        """Build with an index of these lines as evaluation data, beside an image 0.png."""
+        path = tiny_pair.write_images(self.tmp / "data", "mine", 1, 8)
+        (self.tmp / "data/mine/index.csv").write_text("\n".join(["image,label,text,document", *rows]) + "\n")
+        manifest = path.read_text().replace("sha256:", "old:")
+        lines = [line for line in manifest.splitlines() if not line.startswith("old:")]
+        raw = (self.tmp / "data/mine/index.csv").read_bytes()
+        path.write_text("\n".join([*lines, f"sha256: {_sha256(raw)}"]))
+        return self.towers(evaluation={"data": str(path)})
+
+    def look(self, name: str, raw: bytes) -> Outcome:
+        """Match a file of these bytes, between two images that are good."""
+        good = self.pair.root / "calibration/held-out"
+        _write(self.tmp / name, raw)
+        prompts = ("--prompt", "a shadow", "--prompt", "the ribs")
+        return self.run("run", self.pair.bundle, good / "0.png", self.tmp / name, good / "1.jpg", *prompts)
+
     def ask(self, *args: object, stdin: bytes | None = None) -> Outcome:
         return self.run("run", self.workshop.bundle, *args, stdin=stdin)
 
-    def api(self, use: Callable[[Any], object], **how: Any) -> Outcome:
+    def api(self, use: Callable[[Any], object], of: Workshop | None = None) -> Outcome:
         """What a session raises, as the command line would tell it."""
         try:
-            with medcompile.load(self.workshop.bundle, **how) as session:
+            with medcompile.load((of or self.workshop).bundle) as session:
                 use(session)
         except MedcompileError as error:
             return Outcome(error.exit_code, f"{type(error).__name__}: {error}")
@@ -432,6 +467,121 @@ TEXTS = (
     Case("a session that is closed", 2, ("closed",), lambda p: p.api(lambda s: (s.close(), s.embed(["a"])))),
     Case("no threads", 2, ("at least 1",), lambda p: p.ask("a", "--threads", "0")),
 )
+
+
+def _image(format_: str, **how: Any) -> bytes:
+    file = io.BytesIO()
+    tiny_pair.drawn("disc", 1, edge=120).save(file, format_, **how)
+    return file.getvalue()
+
+
+def _bomb() -> bytes:
+    """A PNG of 900 million black pixels in a megabyte."""
+    file = io.BytesIO()
+    PIL.Image.new("1", (30_000, 30_000)).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _report() -> bytes:
+    """A DICOM file that holds words and no pixels."""
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    found = pydicom.Dataset()
+    found.file_meta = pydicom.dataset.FileMetaDataset()
+    found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    found.file_meta.MediaStorageSOPClassUID = found.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+    found.file_meta.MediaStorageSOPInstanceUID = found.SOPInstanceUID = "1.2.3"
+    found.PatientName = tiny.PLANTED
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, found, enforce_file_format=True)
+    return file.getvalue()
+
+
+TOWERS = (
+    Case(
+        "a variant of a graph that is not there",
+        2,
+        ("variants.x.graphs",),
+        lambda p: p.towers(variants={"x": {"weights": "int8", "graphs": ["words"]}}),
+    ),
+    Case(
+        "a template without a place for the name",
+        2,
+        ("templates",),
+        lambda p: p.towers(model={"templates": ["an X-ray"]}),
+    ),
+    Case(
+        "texts beyond the model's context",
+        1,
+        ("512", "context is 24"),
+        lambda p: p.towers(shapes={"batch": [1, 4, 16], "sequence": [2, 16, 512]}),
+    ),
+    Case(
+        "a resolution that is no number of patches",
+        1,
+        ("resolution 35", "patch of 8"),
+        lambda p: p.towers(shapes={"batch": [1, 4, 16], "sequence": [2, 16, 24], "resolution": [32, 35, 64]}),
+    ),
+    Case(
+        "a metric of entities for two towers",
+        2,
+        ("no metric 'f1'",),
+        lambda p: p.towers(budget={"f1": {"max_drop": 0.01}}),
+    ),
+    Case(
+        "a text model as a pair of towers",
+        1,
+        ("a bert model",),
+        lambda p: p.towers(model={"source": f"path:{p.workshop.root / 'model'}"}),
+    ),
+    Case(
+        "an image tower judged on texts",
+        1,
+        ("holds no images",),
+        lambda p: p.towers(evaluation={"data": str(p.workshop.root / "calibration/held-out.yaml")}),
+    ),
+    Case(
+        "an index with an image that is gone",
+        1,
+        ("index.csv:3:",),
+        lambda p: p.indexed("0.png,disc,a,1", "1.png,disc,b,2"),
+    ),
+    Case("an index that leaves its folder", 1, ("index.csv:2:",), lambda p: p.indexed("../mine.yaml,disc,a,1")),
+)
+IMAGES = (
+    Case("a JPEG cut short", 1, ("scan.jpg: ", "1 of 3"), lambda p: p.look("scan.jpg", _image("JPEG")[:900])),
+    Case("a file of no bytes", 1, ("scan.png: ", "1 of 3"), lambda p: p.look("scan.png", b"")),
+    Case("a decompression bomb", 1, ("scan.png: ", "1 of 3"), lambda p: p.look("scan.png", _bomb())),
+    Case("a DICOM file without pixels", 1, ("scan.dcm: ", "1 of 3"), lambda p: p.look("scan.dcm", _report())),
+    Case(
+        "an animated GIF",
+        1,
+        ("scan.gif: ", "1 of 3"),
+        lambda p: p.look("scan.gif", _image("GIF", save_all=True, append_images=[tiny_pair.drawn("bars", 2, 120)])),
+    ),
+    Case("a text named .png", 1, ("scan.png: ", "1 of 3"), lambda p: p.look("scan.png", b"Impression: " * 20)),
+    Case("an image that is not there", 1, ("none.png",), lambda p: p.run("run", p.pair.bundle, p.tmp / "none.png")),
+    Case("no image at all", 2, ("no image",), lambda p: p.run("run", p.pair.bundle)),
+    Case(
+        "texts of words for a pair of towers",
+        2,
+        ("its tasks are: image, text",),
+        lambda p: p.api(lambda s: s.extract("no pain"), of=p.pair),
+    ),
+    Case(
+        "images for a text model",
+        2,
+        ("its tasks are: embed",),
+        lambda p: p.api(lambda s: s.match(tiny_pair.drawn("disc", 1), ["a", "b"])),
+    ),
+    Case(
+        "one prompt as a string",
+        2,
+        ("several prompts",),
+        lambda p: p.api(lambda s: s.match(tiny_pair.drawn("disc", 1), "pneumonia"), of=p.pair),
+    ),
+)
 USAGE = (
     Case("no recipe named", 2, ("RECIPE",), lambda p: p.run("build")),
     Case("an unknown command", 2, ("compile",), lambda p: p.run("compile", "x"), fix=False),
@@ -450,5 +600,7 @@ GROUPS: Mapping[str, tuple[Case, ...]] = {
     "Data": DATA,
     "Bundles": BUNDLES,
     "Texts and sessions": TEXTS,
+    "Image and text towers": TOWERS,
+    "Images": IMAGES,
     "Command line": USAGE,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import tiny, tiny_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,3 +48,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
 def small(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
     """The same with the task embed alone."""
     return tiny.built(tmp_path_factory.mktemp("small"), ("embed",))
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
+    """A tiny image and text tower, drawn images and the bundle that was built of them. Copy, then change."""
+    return tiny_pair.built(tmp_path_factory.mktemp("pair"))

@@ -13,8 +13,8 @@ CASES = [pytest.param(case, id=case.name.replace(" ", "_")) for cases in GROUPS.
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_gets_a_message_and_a_fix(case: Case, workshop: Workshop, tmp_path: Path) -> None:
-    outcome = case.make(Place(workshop, tmp_path))
+def test_a_mistake_gets_a_message_and_a_fix(case: Case, workshop: Workshop, pair: Workshop, tmp_path: Path) -> None:
+    outcome = case.make(Place(workshop, tmp_path, pair))
     assert outcome.exit_code == case.exit_code, outcome.said
     for part in case.says:
         assert part in outcome.said
