@@ -16,8 +16,8 @@ from medcompile.spec import NOT_VERIFIED, Artifact, GraphSpec, Margin, Target, V
 from medcompile.steps import Step, Steps
 from medcompile.verify import DID_NOT_RUN, Trial
 
-_ARTIFACT_VERSION = 3
-_EVIDENCE_VERSION = 3
+_ARTIFACT_VERSION = 4
+_EVIDENCE_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def session(model: Path | bytes, weights: Path | None = None) -> Any:
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     # A build shares its machine with other work, and threads that wait by spinning take the cores from it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The library would round activations to int8 where it fuses int4 weights with their product: 1 keeps them float32.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     source = str(model) if isinstance(model, Path) else model

@@ -7,7 +7,8 @@ with no more than a warning whatever a provider can't load or doesn't know; here
 
 What the library would decide by itself on a CPU is named in the variant's compute settings:
 
-    accuracy_level  4 (unless said): int4 weights meet activations rounded to int8, block by block; 1: float32 ones
+    accuracy_level  4 (unless said): weights that alone are quantized meet activations rounded to int8, block by block;
+                    1: float32 ones
 
 The GPU half was tested up to its refusals; nothing of it has run on a GPU yet.
 """
@@ -109,7 +110,7 @@ class OnnxRuntimeBackend:
             onnx_files.save({spec.name: model}, Path(scratch))
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
-        small = variant.weights in ("int4", "stored")
+        small = variant.quantized and variant.activations is None  # the library fuses weights alone into such a product
         named = tuple(f"{name}={value}" for name, value in settings.items()) if small else ()
         return Built("model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
 

@@ -53,7 +53,7 @@ class Quantize:
     method: str = "mse"
     percentile: float = 99.99
     name: str = "quantize"
-    version: int = 1
+    version: int = 2
     needs: Stage = Stage.SIMPLIFIED
     gives: Stage = Stage.QUANTIZED
 

@@ -54,7 +54,8 @@ class Towers:
 
     text, transform: the assets of the towers that are there. executors, graphs: by task, `image` and `text`.
     logit_scale, logit_bias: probabilities are softmax(logit_scale * cosine + logit_bias). templates: texts with one
-    {} each, for the name of a class. unescape: &lt; in a text is <, as open_clip's tokenizers take it. A tower that is not there raises UsageError.
+    {} each, for the name of a class. unescape: &lt; in a text is <, as open_clip's tokenizers take it. A tower that is
+    not there raises UsageError.
     """
 
     def __init__(
