@@ -16,7 +16,6 @@ import PIL.Image
 import yaml
 
 from tests import tiny
-from tests.models.tiny_clip import write_hf
 from tests.tiny import Workshop
 
 CLASSES = {"disc": "a chest x-ray with a round shadow", "bars": "the ribs in a row"}
@@ -97,6 +96,8 @@ def recipe(**sections: Any) -> dict[str, Any]:
 
 
 def built(root: Path) -> Workshop:
+    from tests.models.tiny_clip import write_hf  # and with it torch
+
     write_hf(root / "model")
     write_images(root / "calibration", "phantoms", 40, 1, role="calibration")
     write_images(root / "calibration", "held-out", 24, 2)
