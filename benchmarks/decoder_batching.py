@@ -85,6 +85,7 @@ def transformers(folder: Path, dtype: str, jobs: Sequence[Job], batch: int) -> d
     model = library.AutoModelForCausalLM.from_pretrained(
         decoder_models.checkpoint_of(folder), dtype=getattr(torch, dtype)
     ).eval()
+    model.generation_config.eos_token_id = None  # an end token is a token as any other, as ours takes it
 
     def answer(some: Sequence[Job]) -> list[list[int]]:
         width = max(len(job.prompt) for job in some)
@@ -95,9 +96,8 @@ def transformers(folder: Path, dtype: str, jobs: Sequence[Job], batch: int) -> d
             ids[row, width - len(job.prompt) :] = torch.tensor(job.prompt)
             mask[row, width - len(job.prompt) :] = 1
         with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-            )
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        assert out.shape[1] == width + new
         return [out[row, width : width + job.tokens].tolist() for row, job in enumerate(some)]
 
     answer([Job(jobs[0].prompt, 2)])
