@@ -1,4 +1,4 @@
-"""CUDA, as little of it as an executor needs: memory, one kind of copy each way, streams, captured graphs.
+"""CUDA, as little of it as an executor needs: memory, copies each way and within, streams, captured graphs.
 
 Cuda is what an executor is written against; open_cuda() gives the one over cuda-python, on the first visible device
 (CUDA_VISIBLE_DEVICES chooses it), and tests give a fake. Every call is checked: a failure is a BackendError that
@@ -51,6 +51,8 @@ class Cuda(Protocol):
     def synchronize(self, stream: int) -> None: ...
     def copy_to_device(self, device: int, host: int, size: int, stream: int) -> None: ...
     def copy_to_host(self, host: int, device: int, size: int, stream: int) -> None: ...
+    def copy_on_device(self, to: int, source: int, size: int, stream: int) -> None: ...
+    def zero(self, device: int, size: int, stream: int) -> None: ...
     def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
         """Record what enqueue puts on stream, without running it, as a graph that launch() repeats.
 
@@ -127,6 +129,13 @@ class _Runtime:
     def copy_to_host(self, host: int, device: int, size: int, stream: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("copy from the device", self._cuda.cudaMemcpyAsync(host, device, size, kind, stream))
+
+    def copy_on_device(self, to: int, source: int, size: int, stream: int) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("copy on the device", self._cuda.cudaMemcpyAsync(to, source, size, kind, stream))
+
+    def zero(self, device: int, size: int, stream: int) -> None:
+        self._call("fill device memory", self._cuda.cudaMemsetAsync(device, 0, size, stream))
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
         # Thread-local: what other threads do meanwhile (another lane's allocation, say) must not spoil the capture.

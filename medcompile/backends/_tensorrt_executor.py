@@ -39,6 +39,7 @@ _REBUILD = "build the bundle again on this machine: medcompile build --from BUND
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
+    "BF16": "bfloat16",
     "INT64": "int64",
     "INT32": "int32",
     "INT8": "int8",
@@ -111,11 +112,16 @@ class TensorRtExecutor(Executor):
             self._change.notify_all()
 
 
-class Engine:
-    """The deserialized plan, held to its spec, and the contexts made from it. workspace_size: bytes a context needs."""
+class Plan:
+    """A deserialized plan and the contexts made from it, but for its spec, which whoever extends this class sets.
 
-    def __init__(self, plan: Path, spec: GraphSpec, library: Any, cuda: Cuda) -> None:
-        self.spec = spec
+    name: the graph's, for messages. workspace_size: bytes that a context needs.
+    """
+
+    spec: GraphSpec
+
+    def __init__(self, plan: Path, name: str, library: Any, cuda: Cuda) -> None:
+        self.name = name
         self._library = library
         self._log = logger_of(library)
         self._lock = threading.Lock()
@@ -134,14 +140,16 @@ class Engine:
                 f"(compute capability {'.'.join(map(str, device.compute_capability))}): {self._log.said()}",
                 fix=_REBUILD,
             )
-        if wrong := self._differences():
-            raise BackendError(f"{plan.name} is not the engine of graph {spec.name}: {wrong[0]}", fix=_REBUILD)
         self.workspace_size = int(self._engine.device_memory_size_v2)
 
+    def rank(self, profile: Profile) -> int:
+        """Of the profiles that hold a shape the one of the lowest rank is taken: the smallest."""
+        return math.prod(axis.max for axis in profile.axes)
+
     def profile(self, sizes: Mapping[str, int]) -> int:
-        """The index of the smallest profile that holds sizes; check_feeds has seen that there is one."""
+        """The index of the profile to take for sizes; check_feeds has seen that one holds them."""
         holding = [
-            (math.prod(axis.max for axis in profile.axes), index)
+            (self.rank(profile), index)
             for index, profile in enumerate(self.spec.profiles)
             if all(axis.min <= sizes.get(axis.name, axis.opt) <= axis.max for axis in profile.axes)
         ]
@@ -172,7 +180,7 @@ class Engine:
 
     def error(self, what: str) -> BackendError:
         return BackendError(
-            f"{self.spec.name}: {what}: {self._log.said()}",
+            f"{self.name}: {what}: {self._log.said()}",
             fix="nvidia-smi shows whether the GPU is well and has memory left; if it is, build the bundle again here",
         )
 
@@ -180,27 +188,50 @@ class Engine:
         """Tell once aloud that a shape goes without a CUDA graph: it costs some latency and changes no result."""
         level = logging.DEBUG if self._told else logging.WARNING
         self._told = True
-        log.log(level, "%s: no CUDA graph for %s, it is enqueued each time: %s", self.spec.name, shape, error.message)
+        log.log(level, "%s: no CUDA graph for %s, it is enqueued each time: %s", self.name, shape, error.message)
 
     def close(self) -> None:
         self._engine = self._runtime = self._kernels = None
+
+    def tensor_names(self) -> list[str]:
+        return sorted(self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors))
+
+    def misfits(self, tensor: TensorSpec) -> list[str]:
+        """How a tensor of the engine differs from what it should be, in dtype and kind of memory."""
+        found = []
+        dtype = self._engine.get_tensor_dtype(tensor.name).name
+        if _DTYPES.get(dtype) != tensor.dtype:
+            found.append(f"{tensor.name} is {dtype}, and the graph says {tensor.dtype}")
+        if self._engine.get_tensor_location(tensor.name) != self._library.TensorLocation.DEVICE:
+            found.append(f"{tensor.name} decides a shape and lies in host memory, which is not supported")
+        return found
+
+    def refuse(self, plan: Path, wrong: str) -> BackendError:
+        """The error of a plan that is another graph's."""
+        return BackendError(f"{plan.name} is not the engine of graph {self.name}: {wrong}", fix=_REBUILD)
+
+
+class Engine(Plan):
+    """A plan held to its spec."""
+
+    def __init__(self, plan: Path, spec: GraphSpec, library: Any, cuda: Cuda) -> None:
+        super().__init__(plan, spec.name, library, cuda)
+        self.spec = spec
+        if wrong := self._differences():
+            raise self.refuse(plan, wrong[0])
 
     def _differences(self) -> list[str]:
         """How the engine's face differs from the spec's: names, dtypes, kind of memory, axes, profiles."""
         engine, spec = self._engine, self.spec
         tensors = (*spec.inputs, *spec.outputs)
-        names = sorted(engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+        names = self.tensor_names()
         wanted = sorted(tensor.name for tensor in tensors)
         if names != wanted:
             return [f"it has {', '.join(names)}, and the graph {', '.join(wanted)}"]
         found = []
         dynamic = {dim for tensor in spec.inputs for dim in tensor.shape if isinstance(dim, str)}
         for tensor in tensors:
-            dtype = engine.get_tensor_dtype(tensor.name).name
-            if _DTYPES.get(dtype) != tensor.dtype:
-                found.append(f"{tensor.name} is {dtype}, and the graph says {tensor.dtype}")
-            if engine.get_tensor_location(tensor.name) != self._library.TensorLocation.DEVICE:
-                found.append(f"{tensor.name} decides a shape and lies in host memory, which is not supported")
+            found += self.misfits(tensor)
             if unknown := {dim for dim in tensor.shape if isinstance(dim, str)} - dynamic:
                 found.append(f"{tensor.name} has axes that no input has: {', '.join(sorted(unknown))}")
         if engine.num_optimization_profiles != max(1, len(spec.profiles)):

@@ -4,6 +4,8 @@ All inputs of a run lie side by side in the lane's memory, and so do all outputs
 memory, so that there is one copy each way; the memory grows by doubling and is kept. A shape that keeps coming gets a
 context of its own and a CUDA graph of copies and kernels: what a graph does is undefined once the context that it was
 captured from is changed, so the lane's shared context, which is set anew for each shape, is never captured.
+
+Tensors that outlive a run (a decoder's pools) lie elsewhere: the lane binds them by address and copies nothing of them.
 """
 
 from __future__ import annotations
@@ -51,7 +53,10 @@ class Contexts(Protocol):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tensors of one shape lie in a lane's memory, in bytes: first the inputs, then the outputs."""
+    """Where the tensors of one shape lie in a lane's memory, in bytes: first the inputs, then the outputs.
+
+    shapes has all tensors, places those that are not resident.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, int]
@@ -60,17 +65,20 @@ class _Layout:
     end: int
 
     @classmethod
-    def of(cls, spec: GraphSpec, sizes: Sizes) -> _Layout:
+    def of(cls, spec: GraphSpec, sizes: Sizes, resident: Mapping[str, int]) -> _Layout:
         shapes: dict[str, tuple[int, ...]] = {}
         places: dict[str, int] = {}
         end = inputs_end = 0
         for tensor in (*spec.inputs, *spec.outputs):
             shapes[tensor.name] = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+            if tensor.name in resident:
+                continue
             places[tensor.name] = -(-end // _ALIGN_BYTES) * _ALIGN_BYTES
             end = places[tensor.name] + math.prod(shapes[tensor.name]) * np.dtype(tensor.dtype).itemsize
             if tensor in spec.inputs:
                 inputs_end = end
-        return cls(shapes, places, inputs_end, places[spec.outputs[0].name], end)
+        outputs = [places[tensor.name] for tensor in spec.outputs if tensor.name in places]
+        return cls(shapes, places, inputs_end, outputs[0], end)
 
 
 @dataclass
@@ -85,9 +93,18 @@ class _Ready:
 
 
 class Lane:
-    def __init__(self, engine: Contexts, cuda: Cuda) -> None:
+    """resident: addresses of tensors that the caller holds, by name. captures: whether shapes that keep coming get
+    graphs; not worth it where shapes change every few runs, as a decoder's do."""
+
+    def __init__(
+        self, engine: Contexts, cuda: Cuda, resident: Mapping[str, int] | None = None, *, captures: bool = True
+    ) -> None:
         self._engine = engine
         self._cuda = cuda
+        self._resident = resident or {}
+        self._captures = captures
+        ends = [{axis.name: axis.max for axis in profile.axes} for profile in engine.spec.profiles]
+        self._most = max(_Layout.of(engine.spec, sizes, self._resident).end for sizes in ends or [{}])
         self._size = self._device = self._host = 0
         self._own: OrderedDict[Key, _Ready] = OrderedDict()  # shapes with a context of their own, oldest first
         self._last: tuple[Key, _Ready] | None = None  # what the shared context is set to
@@ -95,8 +112,8 @@ class Lane:
         self._seen: dict[Key, int] = {}  # at most one entry for each shape that the profiles hold
         self._refused: set[Key] = set()
         with ExitStack() as stack:
-            self._stream = cuda.create_stream()
-            stack.callback(cuda.destroy_stream, self._stream)
+            self.stream = cuda.create_stream()
+            stack.callback(cuda.destroy_stream, self.stream)
             self._workspace = cuda.malloc(engine.workspace_size) if engine.workspace_size else 0
             if self._workspace:
                 stack.callback(cuda.free, self._workspace)
@@ -104,7 +121,10 @@ class Lane:
             self._closing = stack.pop_all()
 
     def run(self, feeds: Mapping[str, Array], sizes: Sizes) -> dict[str, Array]:
-        """Run once. feeds fit the graph, as check_feeds found with these sizes. The caller owns what is returned."""
+        """Run once. feeds fit the graph, as check_feeds found with these sizes. The caller owns what is returned.
+
+        Both hold no resident tensors.
+        """
         key = tuple(sizes.items())
         ready = self._own.get(key) or self._prepare(key, sizes)
         for name, staged in ready.inputs.items():
@@ -113,8 +133,8 @@ class Lane:
             self._enqueue(ready)
         else:
             self._own.move_to_end(key)
-            self._cuda.launch(ready.graph, self._stream)
-        self._cuda.synchronize(self._stream)
+            self._cuda.launch(ready.graph, self.stream)
+        self._cuda.synchronize(self.stream)
         results = {name: staged.copy() for name, staged in ready.outputs.items()}
         if ready.graph is None and key in self._own:  # this run was the warm-up that a capture needs
             self._capture(key, ready)
@@ -126,10 +146,10 @@ class Lane:
             stack.callback(self._closing.close)
             stack.callback(self._release)
             stack.callback(setattr, self, "_shared", None)
-            self._cuda.synchronize(self._stream)
+            self._cuda.synchronize(self.stream)
 
     def _enqueue(self, ready: _Ready) -> None:
-        layout, stream = ready.layout, self._stream
+        layout, stream = ready.layout, self.stream
         self._cuda.copy_to_device(self._device, self._host, layout.inputs_end, stream)
         if not ready.context.execute_async_v3(stream):
             raise self._engine.error("the engine did not run")
@@ -138,11 +158,12 @@ class Lane:
 
     def _prepare(self, key: Key, sizes: Sizes) -> _Ready:
         """A context set to that shape: its own where the shape comes for the third time, else the shared one."""
-        layout = _Layout.of(self._engine.spec, sizes)
+        layout = _Layout.of(self._engine.spec, sizes, self._resident)
         self._reserve(layout.end)
         profile = self._engine.profile(sizes)
-        self._seen[key] = self._seen.get(key, 0) + 1
-        if self._seen[key] >= REPEATS and key not in self._refused:
+        if self._captures:
+            self._seen[key] = self._seen.get(key, 0) + 1
+        if self._seen.get(key, 0) >= REPEATS and key not in self._refused:
             while len(self._own) >= GRAPHS:
                 self._forget(next(iter(self._own)))
             try:
@@ -160,14 +181,15 @@ class Lane:
 
     def _set(self, context: Any, layout: _Layout, profile: int | None) -> _Ready:
         """Give a context its profile (None: it has it), shapes and addresses, and hold its answer to the layout."""
-        if profile is not None and not context.set_optimization_profile_async(profile, self._stream):
+        if profile is not None and not context.set_optimization_profile_async(profile, self.stream):
             raise self._engine.error(f"profile {profile} was refused")
         spec = self._engine.spec
         for tensor in spec.inputs:
             if not context.set_input_shape(tensor.name, layout.shapes[tensor.name]):
                 raise self._engine.error(f"{tensor.name} of shape {list(layout.shapes[tensor.name])} was refused")
-        for name, place in layout.places.items():
-            if not context.set_tensor_address(name, self._device + place):
+        addresses = {name: self._device + place for name, place in layout.places.items()}
+        for name, address in {**addresses, **self._resident}.items():
+            if not context.set_tensor_address(name, address):
                 raise self._engine.error(f"the address of {name} was refused")
         for tensor in spec.outputs:
             given = tuple(context.get_tensor_shape(tensor.name))
@@ -177,9 +199,11 @@ class Lane:
         return _Ready(context, layout, self._views(spec.inputs, layout), self._views(spec.outputs, layout))
 
     def _views(self, tensors: Iterable[TensorSpec], layout: _Layout) -> dict[str, Array]:
-        """The tensors in host memory."""
+        """Those of the tensors that lie in the lane's memory, in host memory."""
         views = {}
         for tensor in tensors:
+            if tensor.name in self._resident:
+                continue
             shape, dtype = layout.shapes[tensor.name], np.dtype(tensor.dtype)
             memory = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(
                 self._host + layout.places[tensor.name]
@@ -190,9 +214,9 @@ class Lane:
     def _capture(self, key: Key, ready: _Ready) -> None:
         asked = getattr(ready.context, "is_stream_capturable", None)
         try:
-            if asked is not None and not asked(self._stream):
+            if asked is not None and not asked(self.stream):
                 raise self._engine.error("the engine can't be captured")
-            ready.graph = self._cuda.capture(self._stream, lambda: self._enqueue(ready))
+            ready.graph = self._cuda.capture(self.stream, lambda: self._enqueue(ready))
         except BackendError as error:
             self._forget(key)
             self._refuse(key, error)
@@ -212,7 +236,7 @@ class Lane:
         """Hold at least size bytes here and there. Where they move, all that knows the old addresses goes."""
         if size <= self._size:
             return
-        doubled = max(size, 2 * self._size, _SMALLEST_BYTES)
+        doubled = min(max(size, 2 * self._size, _SMALLEST_BYTES), self._most)
         self._release()
         self._device = self._cuda.malloc(doubled)
         self._host = self._cuda.malloc_host(doubled)

@@ -25,7 +25,7 @@ import logging
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from medcompile.backends._cuda import Device
+    from medcompile.backends._tensorrt_decoder import TensorRtStepModel
     from medcompile.backends._tensorrt_job import Outcome
     from medcompile.backends._tensorrt_report import Product
     from medcompile.kernels.compiled import Kernels
@@ -123,21 +124,25 @@ class TensorRtBackend:
         return Built(PLAN, replace(target, arch=engine.arch), (products, *engine.notes, *unseen))
 
     def load(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None) -> Executor:
-        library = _LIBRARIES[target.name]
-        trt = _module(library)
-        _check_machine(library, str(trt.__version__), target, variant)
-        if any(tensor.name.startswith(_POOL) for tensor in spec.inputs):
-            from medcompile.kernels import tensorrt_plugin
-
-            tensorrt_plugin.register(trt)
-        _check_plan(library, trt, path, target)
-        device = _device()  # raises where there is nothing to run on
-        if not _runs_on(device.arch, target.arch):
-            raise _misfit(library, target, f"this machine has {_capability(device.arch)} ({device.name})")
+        trt = _fitting(path, variant, target)
         from medcompile.backends._tensorrt_executor import load_engine
 
         executor: Executor = load_engine(path, spec, trt)
         return executor
+
+    def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> TensorRtStepModel:
+        """The decoder that build() made of a paged graph, with pools of blocks, or as many as its profiles hold."""
+        try:
+            table = json.loads(path.with_name(LAYERS).read_text(encoding="utf-8"))
+            target, profiles = Target(**table["target"]), table["profiles"]
+        except (OSError, ValueError, KeyError) as error:
+            raise BackendError(
+                f"{path.name} has no {LAYERS} beside it that says what it was built for", fix="rebuild the bundle"
+            ) from error
+        trt = _fitting(path, variant, target, paged=True)
+        from medcompile.backends._tensorrt_decoder import load_step_model
+
+        return load_step_model(path, trt, blocks=blocks, profiles=profiles)
 
 
 @dataclass(frozen=True)
@@ -196,10 +201,11 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
     layers, wanted = report.parse(outcome.layers), report.products(model)
     found = report.computed(layers, wanted)
     _check_products(wanted, found, f"{library.words} {target.version} built {label}", target.name)
-    table = {"bindings": report.bindings(outcome.layers), "products": found, "layers": [row.row() for row in layers]}
-    _write_layers(out, target, table)
     oldest = _OLDEST_WITH_FLOAT8 if any("float8" in formats for formats in found.values()) else _OLDEST
     arch = ",".join(f"sm_{c}" for c in capabilities) or (target.arch if library.needs_gpu else f"sm_{oldest}+")
+    table = {"bindings": report.bindings(outcome.layers), "products": found, "layers": [row.row() for row in layers]}
+    face = {"target": asdict(replace(target, arch=arch)), "profiles": [profile.name for profile in spec.profiles]}
+    _write_layers(out, target, face | table)
     return Engine(arch, report.summary(found), (*outcome.notes, *notes), outcome.seconds, outcome.peak_rss_bytes)
 
 
@@ -374,6 +380,22 @@ def _write_layers(out: Path, target: Target, table: Mapping[str, Any]) -> None:
 
 
 # ---- does a plan fit this machine?
+
+
+def _fitting(path: Path, variant: Variant, target: Target, *, paged: bool = False) -> Any:
+    """The library that runs the plan here. Raises BackendUnavailable where none does."""
+    library = _LIBRARIES[target.name]
+    trt = _module(library)
+    _check_machine(library, str(trt.__version__), target, variant)
+    if paged:
+        from medcompile.kernels import tensorrt_plugin
+
+        tensorrt_plugin.register(trt)
+    _check_plan(library, trt, path, target)
+    device = _device()  # raises where there is nothing to run on
+    if not _runs_on(device.arch, target.arch):
+        raise _misfit(library, target, f"this machine has {_capability(device.arch)} ({device.name})")
+    return trt
 
 
 def _check_machine(library: Library, version: str, target: Target, variant: Variant) -> None:

@@ -50,6 +50,10 @@ class Stats:
     accepted: int = 0
 
 
+STEP_TOKENS, REQUESTS = 256, 32
+"""Of a step at most, unless a model takes less."""
+
+
 class Generator:
     """Generates with one model, for any number of requests at once; threads may share it.
 
@@ -64,8 +68,8 @@ class Generator:
         model: StepModel,
         text: DecoderText,
         *,
-        step_tokens: int = 256,
-        requests: int = 32,
+        step_tokens: int = STEP_TOKENS,
+        requests: int = REQUESTS,
         guess: int = 8,
         cheap_tokens: int = 4,
         ageing: int = 500,

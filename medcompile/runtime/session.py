@@ -115,14 +115,19 @@ class Session:
     @cached_property
     def generator(self) -> Generator:
         """A decoder, for any number of requests at once. Raises UsageError for a bundle of another kind."""
-        from medcompile.runtime.generator import Generator
+        from medcompile.runtime.generator import REQUESTS, STEP_TOKENS, Generator
         from medcompile.runtime.prompts import DecoderText
 
         self._check_kind("a decoder", GENERATE in self.bundle.graphs)
         facts = read_json(self._assets / "decoder.json", dict)
         blocks = self._kv_blocks or KV_SEQUENCES * -(-int(facts["context"]) // int(facts["block_size"]))
         text = DecoderText.read(self._assets)
-        return Generator(self._executors.decoder(blocks), text)
+        tokens, requests = STEP_TOKENS, REQUESTS
+        if self.target.device != "cpu":  # an engine takes no step beyond its profiles, so none is planned
+            largest = max(self.bundle.graphs[GENERATE].profiles, key=lambda p: p.axis("tokens").max)
+            tokens = min(tokens, largest.axis("tokens").max)
+            requests = min(requests, largest.axis("sequences").max)
+        return Generator(self._executors.decoder(blocks), text, step_tokens=tokens, requests=requests)
 
     def _check_kind(self, what: str, right: bool) -> None:
         if not right:
@@ -313,8 +318,12 @@ class _Executors(Mapping[str, Executor]):
         return self._bundle.root / artifact.path
 
     def load(self) -> None:
+        """Load all that there is, to see whether this machine takes it."""
         for graph in self:
-            self[graph]
+            if backends.is_paged(self._bundle.graphs[graph]):
+                self.decoder(blocks=1).close()  # how large its pools shall be is known when it is asked for
+            else:
+                self[graph]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._choice.artifacts)

@@ -132,6 +132,18 @@ class FakeCuda:
         self.host_bytes(host, size)
         self.put(stream, Work(do, [(device, size)], [(host, size)]))
 
+    def copy_on_device(self, to: int, source: int, size: int, stream: int) -> None:
+        self._called("copy_on_device")
+
+        def do() -> None:
+            self.device_bytes(to, size)[:] = self.device_bytes(source, size)
+
+        self.put(stream, Work(do, [(source, size)], [(to, size)]))
+
+    def zero(self, device: int, size: int, stream: int) -> None:
+        self._called("zero")
+        self.put(stream, Work(lambda: self.device_bytes(device, size).fill(0), [], [(device, size)]))
+
     def capture(self, stream: int, enqueue: Callable[[], None]) -> int:
         self._called("capture", forbidden_in_capture=True)
         found = self.stream(stream)

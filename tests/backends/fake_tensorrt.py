@@ -2,6 +2,7 @@
 
 A context refuses what the real one refuses, and raises a Fault for what the real one leaves undefined: a graph that is
 launched after its context was changed, a capture without a warm-up, tensors that overlap, a workspace of two streams.
+Inputs that an engine updates in place are computed upon where they lie; an output that is one of them must lie there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class DataType(enum.Enum):
     HALF = 1
     INT64 = 2
     INT32 = 3
+    BF16 = 4
 
 
 class TensorLocation(enum.Enum):
@@ -57,7 +59,10 @@ _DTYPES = {"float32": DataType.FLOAT, "float16": DataType.HALF, "int64": DataTyp
 
 @dataclass
 class Fake:
-    """What the engine that a plan holds shall be like. Change a field before load_engine() to get another one."""
+    """What the engine that a plan holds shall be like. Change a field before load_engine() to get another one.
+
+    aliases: the outputs that are inputs, updated in place.
+    """
 
     cuda: FakeCuda
     spec: GraphSpec
@@ -69,6 +74,7 @@ class Fake:
     profiles: int | None = None
     contexts_left: int = 1000
     refuse_capture: bool = False
+    aliases: dict[str, str] = field(default_factory=dict)
     contexts: list[str] = field(default_factory=list)
     profiles_set: list[int] = field(default_factory=list)
 
@@ -110,6 +116,10 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> DataType:
         spec = next(t for t in self.tensors if t.name == name)
         return self.fake.dtypes.get(name, _DTYPES[spec.dtype])
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        spec = next(t for t in self.tensors if t.name == name)
+        return tuple(-1 if isinstance(d, str) else d for d in spec.shape)
 
     def get_tensor_location(self, name: str) -> TensorLocation:
         return self.fake.locations.get(name, TensorLocation.DEVICE)
@@ -220,6 +230,9 @@ class Context:
             return False
         self.warm = state
         places = {t.name: (self.addresses[t.name], self._size(t)) for t in self.engine.tensors}
+        for output, source in self.fake.aliases.items():
+            if places.pop(output) != places[source]:
+                raise Fault(f"{output} lies elsewhere than {source}")
         scratch = [(self.workspace, self.fake.workspace_size)] if self.fake.workspace_size else []
         ranges = [*places.values(), *scratch]
         for first, second in itertools.combinations(ranges, 2):

@@ -33,6 +33,7 @@ def test_each_call_of_the_real_cuda_has_arguments_that_the_binding_takes() -> No
         (cuda.device,), (cuda.memory,), (cuda.malloc, 8), (cuda.free, page), (cuda.malloc_host, 8),
         (cuda.free_host, page), (cuda.create_stream,), (cuda.destroy_stream, page), (cuda.synchronize, page),
         (cuda.copy_to_device, page, page, 8, page), (cuda.copy_to_host, page, page, 8, page),
+        (cuda.copy_on_device, page, page, 8, page), (cuda.zero, page, 8, page),
         (cuda.capture, page, lambda: None), (cuda.launch, page, page), (cuda.destroy_graph, page),
     ]  # fmt: skip
     assert {c[0].__name__ for c in calls} == {n for n in vars(_cuda.Cuda) if not n.startswith("_")}
