@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import medcompile
 from medcompile import bundle
-from medcompile.errors import InputError, UsageError
+from medcompile.errors import BackendUnavailable, InputError, UsageError
 from medcompile.runtime.sampling import Sampling
+from medcompile.spec import GRAPH_VERIFIED
+from medcompile.verify import DID_NOT_RUN
 from tests import command_line, decoders, tiny
 from tests.command_line import call
 from tests.tiny import Workshop
@@ -112,6 +116,27 @@ def test_a_batch_that_is_wider_than_the_model_is_told_before_anything_is_built(
 ) -> None:
     with pytest.raises(medcompile.errors.ProfileError, match="up to 500 tokens, but the model has 96"):
         decoder.build(out=tmp_path / "out", overrides=["shapes.sequence=[1, 32, 500]"])
+
+
+@pytest.mark.slow
+def test_an_engine_of_a_decoder_is_judged_by_its_graph_where_no_gpu_runs_it(decoder: Workshop, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason='no TensorRT-RTX: pip install "medcompile[rtx]"')
+    document = yaml.safe_load(decoder.recipe.read_text())
+    variants = {"fp32": {}, "int4": {"weights": "int4", "block_size": 32, "float": "float16"}}
+    document |= {"name": "engine", "variants": variants, "targets": ["tensorrt-rtx"]}
+    found = decoder.build(path=tiny.write_recipe(decoder.root, document), out=tmp_path / "engine")
+    assert {a.variant for a in found.artifacts} == set(variants)
+    if any(a.ran for a in found.artifacts):
+        pytest.skip("this machine has a GPU that runs them")
+    for artifact in found.artifacts:
+        assert artifact.verified_on == GRAPH_VERIFIED == "graph verified on CPU, engine not yet run"
+        assert artifact.verdict == "non-inferior" and artifact.latency_ms is None
+        assert artifact.notes[-1].startswith(DID_NOT_RUN + "there is no CUDA device to run on")
+        table = json.loads((found.root / artifact.path).with_name("layers.json").read_text())
+        assert table["profiles"] == ["decode", "prefill"]
+        assert table["target"] == dataclasses.asdict(artifact.target)
+    with pytest.raises(BackendUnavailable, match="no cuda device to run it on"):
+        medcompile.load(found.root)
 
 
 def _transformers(folder: Path, prompt: str) -> list[int]:
