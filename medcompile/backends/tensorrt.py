@@ -168,6 +168,7 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
     from medcompile.backends import _tensorrt_job
     from medcompile.backends import _tensorrt_report as report
     from medcompile.backends._tensorrt_job import Job, run
+    from medcompile.rewrites import tensorrt as dialect
 
     library, (settings, notes) = _LIBRARIES[target.name], _settings(variant)
     label = f"graph {spec.name} of variant {variant.name}"
@@ -176,6 +177,9 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
     capabilities = _capabilities(settings)
     with tempfile.TemporaryDirectory(dir=out) as scratch, tempfile.TemporaryDirectory(dir=out) as lowered:
         kernels = _lower_attention(model, spec, variant, str(settings["kv"]), onnx_path, Path(lowered))
+        rewritten = kernels is not None or dialect.split_products(model) > 0
+        if rewritten and kernels is None:
+            onnx_files.save({onnx_path.stem: model}, Path(lowered))
         job = Job(
             library.module,
             onnx_path.name,
@@ -190,7 +194,7 @@ def build_engine(onnx_path: Path, spec: GraphSpec, variant: Variant, target: Tar
         )
         timeout_s = float(settings["build_timeout_s"])
         outcome = run(
-            job, Path(lowered) if kernels else onnx_path.parent, f"{library.words}, {label}", timeout_s, Path(scratch)
+            job, Path(lowered) if rewritten else onnx_path.parent, f"{library.words}, {label}", timeout_s, Path(scratch)
         )
         if not outcome.built:
             raise _refused(outcome, model, f"{library.words} {target.version} refuses {label}", target.name)
