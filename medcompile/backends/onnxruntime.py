@@ -2,8 +2,9 @@
 
 For a CPU, build() rewrites the typed graph into ONNX Runtime's fused operators (medcompile/rewrites says how), lets
 the library fold and fuse what it knows, and stores the result, so that load() only maps a file and packs weights.
-For a GPU it copies the typed graph: what to fuse is the provider's business there. The library would run on the CPU
-with no more than a warning whatever a provider can't load or doesn't know; here either is an error.
+For a GPU it copies the typed graph: what to fuse is the provider's business there, but for a decoder's attention, of
+which CUDA has an operator in float16 and bfloat16. The library would run on the CPU with no more than a warning
+whatever a provider can't load or doesn't know; here either is an error.
 
 What the library would decide by itself on a CPU is named in the variant's compute settings:
 
@@ -23,17 +24,19 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from medcompile.backends import Built, Executor, check_feeds
+from medcompile.backends import Built, Executor, check_feeds, is_paged
 from medcompile.errors import BackendError, BackendUnavailable
 from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx_ir as ir
     import onnxruntime as ort
 
-    from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
+    from medcompile.kernels.launches import Float
+    from medcompile.runtime.decoder import StepModel
 
     Array = np.ndarray[Any, Any]
 
@@ -41,7 +44,10 @@ if TYPE_CHECKING:
 # two times as slow as the vectorised Add, LayerNormalization and Gelu that they replace (ONNX Runtime 1.31).
 _SLOWER = ("SkipLayerNormFusion", "BiasGeluFusion", "EmbedLayerNormFusion")
 _CPU = "CPUExecutionProvider"
-_PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention"}
+_CUDA = "onnxruntime-cuda"
+_CUDA_DECODER = "cuda_decoder.onnx"
+"""The file of a decoder for CUDA, whose name tells load_decoder() what it is."""
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention", "PagedAttention"}
 """What a GPU is there for. Small arithmetic on shapes may well stay on the CPU."""
 
 
@@ -54,9 +60,7 @@ class Provider:
 
 
 _PROVIDERS = {
-    "onnxruntime-cuda": Provider(
-        "CUDAExecutionProvider", 'pip uninstall onnxruntime, then pip install "medcompile[gpu]"'
-    ),
+    _CUDA: Provider("CUDAExecutionProvider", 'pip uninstall onnxruntime, then pip install "medcompile[gpu]"'),
     "onnxruntime-rtx": Provider(
         "NvTensorRTRTXExecutionProvider", "pip uninstall onnxruntime, then pip install onnxruntime-trt-rtx"
     ),
@@ -93,6 +97,8 @@ class OnnxRuntimeBackend:
         ort = _library()
         model = onnx_files.load(onnx_path)
         if target.name in _PROVIDERS:
+            if is_paged(spec):
+                return self._build_cuda_decoder(model, variant, target, out)
             onnx_files.save({"model": model}, out)
             self.load(out / "model.onnx", spec, variant, target, None).close()
             return Built("model.onnx", target, tuple(_notes(variant)))
@@ -114,21 +120,42 @@ class OnnxRuntimeBackend:
         named = tuple(f"{name}={value}" for name, value in settings.items()) if small else ()
         return Built("model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
 
+    def _build_cuda_decoder(self, model: ir.Model, variant: Variant, target: Target, out: Path) -> Built:
+        """Write out/cuda_decoder.onnx, and try it on the device with pools of one block."""
+        from medcompile import onnx_files
+        from medcompile.rewrites.onnxruntime_cuda import rewrite_attention
+
+        if target.name != _CUDA:
+            raise BackendError(
+                f"{_PROVIDERS[target.name].name} has no paged attention", fix=f"leave out target {target.name}"
+            )
+        count = rewrite_attention(model, cast("Float", str(variant.float_dtype)))
+        onnx_files.save({_CUDA_DECODER.removesuffix(".onnx"): model}, out)
+        self.load_decoder(out / _CUDA_DECODER, variant, None, 1).close()
+        return Built(_CUDA_DECODER, target, (f"fused: {count} PagedAttention", *_notes(variant)))
+
     def load(
         self, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None
     ) -> OnnxRuntimeExecutor:
-        ort = _library()
         options = _load_options(threads)
         if provider := _PROVIDERS.get(target.name):
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-            return OnnxRuntimeExecutor(_session_on_gpu(path, options, provider, spec), spec)
+            settings = {} if target.name == _CUDA else _profile_options(spec)
+            return OnnxRuntimeExecutor(_session_on_gpu(path, options, provider, spec.name, settings), spec)
         return OnnxRuntimeExecutor(_session(path, options), spec)
 
-    def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> OnnxRuntimeStepModel:
-        """The decoder that build() made of a paged graph for a CPU, with pools of so many blocks."""
+    def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> StepModel:
+        """The decoder that build() made of a paged graph, with pools of so many blocks."""
+        options = _load_options(threads)
+        if path.name == _CUDA_DECODER:
+            from medcompile.backends import _cuda
+            from medcompile.backends._onnxruntime_paged_cuda import OnnxRuntimeCudaStepModel
+
+            cuda = _cuda.open_cuda()
+            session = _session_on_gpu(path, options, _PROVIDERS[_CUDA], "generate", {})
+            return OnnxRuntimeCudaStepModel(session, cuda, blocks=blocks, errors=_errors())
         from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
 
-        return OnnxRuntimeStepModel(_session(path, _load_options(threads)), blocks=blocks)
+        return OnnxRuntimeStepModel(_session(path, options), blocks=blocks)
 
 
 class OnnxRuntimeExecutor(Executor):
@@ -212,10 +239,11 @@ def _session(
 
 
 def _session_on_gpu(
-    path: Path, options: ort.SessionOptions, provider: Provider, spec: GraphSpec
+    path: Path, options: ort.SessionOptions, provider: Provider, graph: str, settings: dict[str, str]
 ) -> ort.InferenceSession:
     """A session whose matrix products all run on the GPU. Raises BackendError where one would not."""
     ort = _library()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 2  # the warnings say why a provider could not be loaded
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it did not find
@@ -223,11 +251,10 @@ def _session_on_gpu(
     records = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
     if records:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    settings = _profile_options(spec) if provider is _PROVIDERS["onnxruntime-rtx"] else {}
     session = _session(path, options, providers=[(provider.name, settings), _CPU])
     if records and (left := _products_on_cpu(session)):
         raise BackendError(
-            f"{provider.name} leaves {len(left)} matrix products of {spec.name} to the CPU, {left[0]} first",
+            f"{provider.name} leaves {len(left)} matrix products of {graph} to the CPU, {left[0]} first",
             fix="leave this variant out of the target, or choose another target",
         )
     return session
