@@ -1,15 +1,18 @@
-"""The attention kernels and their plugin on a real device. Without one all is skipped; none has run on a GPU yet."""
+"""The attention kernels, their plugin and whole decoders on a real device. Without one all is skipped; none of it has
+run on a GPU yet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from medcompile import backends, sources
 from medcompile.backends import _cuda, tensorrt
 from medcompile.backends._cuda import Cuda
 from medcompile.errors import BackendUnavailable
@@ -17,7 +20,10 @@ from medcompile.kernels import launches, tensorrt_plugin
 from medcompile.kernels.launcher import Launcher
 from medcompile.kernels.launches import Face
 from medcompile.kernels.reference import paged_attention
-from medcompile.spec import Precision, Variant
+from medcompile.passes.cast import Cast
+from medcompile.program import Context, Silent
+from medcompile.spec import Axis, Precision, Profile, Variant
+from tests import decoders as whole
 from tests.kernels import decoders
 from tests.kernels.batches import draw
 
@@ -114,3 +120,49 @@ def test_an_engine_with_the_plugin_gives_what_its_graph_gives_and_updates_its_po
     for name in ("k_pool.0", "v_pool.1"):
         np.testing.assert_allclose(given[name].astype(np.float32), wanted[name].astype(np.float32), rtol=0, atol=2e-2)
     cuda.destroy_stream(stream)
+
+
+@pytest.mark.parametrize("kind", ["llama", "window"])
+@pytest.mark.parametrize(
+    ("target", "precision", "close"),
+    [
+        ("tensorrt-rtx", Precision.FLOAT32, 5e-2),
+        ("tensorrt-rtx", Precision.FLOAT16, 3e-1),
+        ("tensorrt", Precision.FLOAT16, 3e-1),
+        ("onnxruntime-cuda", Precision.FLOAT16, 3e-1),
+    ],
+)
+def test_a_decoder_on_the_device_gives_every_token_the_logits_of_transformers(
+    cuda: Cuda, kind: str, target: str, precision: Precision, close: float, tmp_path: Path
+) -> None:
+    """In ragged chunks. Logits of these models reach 20, and half precision keeps three digits of what makes them up;
+    float32 products may be made in TF32 by the attention kernels."""
+    pytest.importorskip("torch")
+    from medcompile.models import llama
+    from medcompile.passes.export import export
+    from medcompile.passes.simplify import Simplify
+
+    backend = backends.for_target(target)
+    try:
+        here = backend.probe(target)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    checkpoint = whole.write_checkpoint(kind, tmp_path / "model")
+    axes = {"batch": (1, 2, 8), "sequence": (1, 32, whole.POSITIONS)}
+    asked = Profile("default", tuple(Axis(name, *ends) for name, ends in axes.items()))
+    variant = Variant("v", float_dtype=precision)
+    context = Context(Path(), Silent())
+    options = replace(whole.OPTIONS, profiles=(asked,))
+    exported = export(llama.FAMILY, sources.resolve(f"path:{checkpoint}"), options)
+    program = Cast(precision)(Simplify()(exported, context), context)
+    (tmp_path / "out").mkdir()
+    typed = whole.write_graph(program, tmp_path / "typed")
+    built = backend.build(typed, program.graphs["generate"].spec, variant, here, tmp_path / "out")
+    model = backends.load_decoder(backend, tmp_path / "out" / built.file, variant, None, 24)
+    texts = [np.random.default_rng(n).integers(3, whole.VOCABULARY, n) for n in (1, 70, 33, 12)]
+    reference = whole.reference(checkpoint)
+    for ids, logits in zip(texts, whole.chunked_logits(model, texts), strict=True):
+        np.testing.assert_allclose(logits, whole.logits_of(reference, ids), rtol=0, atol=close)
+    before = cuda.memory()[0]
+    model.close()
+    assert cuda.memory()[0] >= before
