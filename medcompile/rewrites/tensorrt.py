@@ -90,14 +90,16 @@ def _split(model: ir.Model, split: ir.Node, add: ir.Node, product: ir.Node) -> N
     weight = _before(product, "DequantizeLinear", 1)
     assert weight is not None
     operands = [value.const_value for value in (*weight.inputs, add.inputs[1]) if value is not None]
-    arrays = [tensor.numpy() for tensor in operands if tensor is not None]
+    arrays = [operand.numpy() for operand in operands if operand is not None]
     width = arrays[0].shape[1] // len(split.outputs)
     for i, output in enumerate(list(split.outputs)):
         part, columns = f"{product.name}/{i}", slice(i * width, (i + 1) * width)
         stored = []
         for role, array in enumerate(arrays):
             cut = array[..., columns] if array.ndim and array.shape[-1] == width * len(split.outputs) else array
-            value = ir.Value(name=f"{part}/stored_{role}", const_value=ir.tensor(np.ascontiguousarray(cut)))
+            tensor = ir.tensor(np.ascontiguousarray(cut))
+            name, kind = f"{part}/stored_{role}", ir.TensorType(tensor.dtype)
+            value = ir.Value(name=name, type=kind, shape=ir.Shape(cut.shape), const_value=tensor)
             model.graph.register_initializer(value)
             stored.append(value)
         scaled = ir.node("DequantizeLinear", stored[:-1], {"axis": 1}, name=f"{part}/weight_dequantize")

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from medcompile.backends import _tensorrt_report
 from medcompile.errors import BackendError
 from medcompile.kernels.launches import Face
 from medcompile.rewrites import tensorrt
@@ -99,6 +100,7 @@ def test_a_product_of_integers_that_is_split_becomes_one_product_per_part_with_t
     assert [node.op_type for node in model.graph].count("MatMul") == 3
     assert not [node for node in model.graph if node.op_type == "Split"]
     assert {node.name for node in model.graph if node.op_type == "MatMul"} == {f"qkv/MatMul/{i}" for i in range(3)}
+    assert [(p.asked, p.size) for p in _tensorrt_report.products(model)] == [("int8 x int8", 8)] * 3
     after = next(run_onnx(model, iter([{"x": x}]), ("a", "b", "c")))
     for name in "abc":
         np.testing.assert_array_equal(after[name], before[name])
