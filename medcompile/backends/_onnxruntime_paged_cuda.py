@@ -40,16 +40,12 @@ class OnnxRuntimeCudaStepModel:
 
     block_size = BLOCK_SIZE
 
-    def __init__(
-        self, session: ort.InferenceSession, cuda: Cuda, *, blocks: int, errors: tuple[type[Exception], ...]
-    ) -> None:
-        """errors: what the session's library raises."""
+    def __init__(self, session: ort.InferenceSession, cuda: Cuda, *, blocks: int) -> None:
         self.blocks = blocks
         self.vocabulary = int(session.get_outputs()[0].shape[1])
         self._session: ort.InferenceSession | None = session
         self._binding = session.io_binding()
         self._cuda = cuda
-        self._errors = errors
         self._pools: dict[int, int] = {}  # bytes of a block, by address
         self._inputs = [node.name for node in session.get_inputs() if not node.name.startswith(_POOLS)]
         with ExitStack() as stack:
@@ -85,7 +81,7 @@ class OnnxRuntimeCudaStepModel:
         self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         try:
             session.run_with_iobinding(self._binding)
-        except self._errors as error:
+        except RuntimeError as error:  # what the library raises where inputs are bound
             self._give_up()
             raise BackendError(f"ONNX Runtime failed: {str(error).strip().partition(chr(10))[0]}") from error
         return logits

@@ -152,7 +152,7 @@ class OnnxRuntimeBackend:
 
             cuda = _cuda.open_cuda()
             session = _session_on_gpu(path, options, _PROVIDERS[_CUDA], "generate", {})
-            return OnnxRuntimeCudaStepModel(session, cuda, blocks=blocks, errors=_errors())
+            return OnnxRuntimeCudaStepModel(session, cuda, blocks=blocks)
         from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
 
         return OnnxRuntimeStepModel(_session(path, options), blocks=blocks)

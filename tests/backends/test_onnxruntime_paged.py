@@ -164,6 +164,11 @@ def test_a_closed_decoder_says_so(built: Path) -> None:
         model.step(step_batch([(np.arange(2), 0, 1)], [np.array([1])], 32))
 
 
+def test_what_the_library_refuses_is_told_as_an_error_of_the_backend(built: Path) -> None:
+    with pytest.raises(BackendError, match=r"ONNX Runtime failed: .*Gather.*out of.* bounds"):
+        opened(built, 4).step(step_batch([(np.array([decoders.VOCABULARY]), 0, 1)], [np.array([1])], 32))
+
+
 @pytest.mark.parametrize(
     ("new", "width"), [([1, 1, 1], 1), ([256], 256), ([4, 4, 4], 4), ([256, 1, 1, 1, 1, 1, 1, 1], 16)]
 )

@@ -28,10 +28,6 @@ CUDA = Target("onnxruntime-cuda", "onnxruntime", "cuda", "sm_90", "linux", "1")
 FP16 = Variant("fp16", float_dtype=Precision.FLOAT16)
 
 
-class LibraryError(Exception):
-    """Of no base but Exception, as the library's own are."""
-
-
 class FakeSession:
     """The library's session and its binding in one. Its pools hold a token's heads side by side."""
 
@@ -67,7 +63,7 @@ class FakeSession:
         if any(stream.queue for stream in self.cuda._streams.values()):
             raise Fault("the library runs beside work on the pools that was not waited for")
         if self.fails:
-            raise LibraryError("CUDA failure 700: an illegal memory access was encountered\nat cuda_call.cc")
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered\nat cuda_call.cc")
         feeds = {name: value for name, value in binding.bound.items() if name != "logits"}
         binding.bound["logits"][...] = decode(feeds)["logits"]
 
@@ -83,7 +79,7 @@ def session() -> Iterator[FakeSession]:
 
 
 def load(session: FakeSession, blocks: int = 16) -> Any:
-    return OnnxRuntimeCudaStepModel(session, session.cuda, blocks=blocks, errors=(LibraryError,))  # type: ignore[arg-type]
+    return OnnxRuntimeCudaStepModel(session, session.cuda, blocks=blocks)  # type: ignore[arg-type]
 
 
 # ---- steps

@@ -14,6 +14,7 @@ import pytest
 
 from medcompile.backends import tensorrt
 from medcompile.backends._tensorrt_decoder import TensorRtStepModel, load_step_model
+from medcompile.backends._tensorrt_lane import REPEATS
 from medcompile.errors import BackendError, BackendUnavailable, ProfileError
 from medcompile.runtime.decoder import StepBatch
 from medcompile.spec import TensorSpec, Variant
@@ -145,6 +146,15 @@ def test_a_batch_outside_every_profile_names_the_axis_and_harms_nothing(
     with pytest.raises(ProfileError, match=words):
         model.step(step)
     np.testing.assert_allclose(model.step(batch([0], [5])), alone(batch([0], [5])), rtol=1e-4, atol=1e-4)
+
+
+def test_a_shape_that_keeps_coming_is_set_once_and_never_captured(fake: Fake, model: TensorRtStepModel) -> None:
+    """A context of its own for each width of the table would have its kernels compiled anew every few tokens."""
+    for past in range(REPEATS + 3):
+        model.step(batch([past], [1]))
+    assert (fake.cuda.calls.count("capture"), fake.cuda.calls.count("launch")) == (0, 0)
+    assert fake.contexts == ["LAZY"]
+    assert fake.profiles_set == [1]
 
 
 def test_pools_hold_no_more_blocks_than_the_profiles(fake: Fake, plan: Path) -> None:
