@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medcompile.backends import tensorrt
+from medcompile import backends
+from medcompile.backends import _cuda, _tensorrt_decoder, tensorrt
 from medcompile.backends._tensorrt_decoder import TensorRtStepModel, load_step_model
 from medcompile.backends._tensorrt_lane import REPEATS
 from medcompile.errors import BackendError, BackendUnavailable, ProfileError
+from medcompile.kernels import tensorrt_plugin
 from medcompile.runtime.decoder import StepBatch
-from medcompile.spec import TensorSpec, Variant
+from medcompile.spec import Target, TensorSpec, Variant
 from tests import decoders
 from tests.backends.fake_cuda import LIVING, FakeCuda
 from tests.backends.fake_tensorrt import PLAN, DataType, Fake, TensorLocation
@@ -260,6 +262,25 @@ def test_pools_of_bfloat16_take_two_bytes_a_number(fake: Fake, plan: Path) -> No
 def test_a_plan_without_its_table_of_layers_is_not_loaded(plan: Path) -> None:
     with pytest.raises(BackendError, match=r"no layers\.json beside it"):
         tensorrt.BACKEND.load_decoder(plan, Variant("fp16"), None, 8)
+
+
+def test_the_backend_loads_what_the_table_of_layers_says_once_it_knows_the_plugin(
+    fake: Fake, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, known = fake.library(), list[Any]()
+    monkeypatch.setattr(tensorrt, "_module", lambda asked: library)
+    monkeypatch.setattr(_cuda, "open_cuda", lambda: fake.cuda)
+    monkeypatch.setattr(_tensorrt_decoder, "open_cuda", lambda: fake.cuda)
+    monkeypatch.setattr(tensorrt_plugin, "register", known.append)
+    target = Target("tensorrt-rtx", "tensorrt", "cuda", "sm_80+", tensorrt._system(), "99.1")
+    table = {"target": dataclasses.asdict(target), "profiles": ["prefill", "decode"]}
+    table["plan"] = {"size_bytes": len(PLAN)}
+    plan.with_name("layers.json").write_text(json.dumps(table))
+    model = backends.load_decoder(tensorrt.BACKEND, plan, Variant("fp16"), None, 8)
+    assert known == [library]
+    assert (type(model), model.blocks) == (TensorRtStepModel, 8)
+    np.testing.assert_allclose(model.step(batch([0], [5])), alone(batch([0], [5])), rtol=1e-4, atol=1e-4)
+    model.close()
 
 
 def test_a_plan_of_another_version_is_refused_before_it_is_read(plan: Path) -> None:
