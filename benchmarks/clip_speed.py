@@ -2,7 +2,7 @@
 
     python benchmarks/clip_speed.py build FOLDER --data DATA
     python benchmarks/clip_speed.py run FOLDER --cpus 0 --rounds 12 [--batches 1 8]
-    python benchmarks/clip_speed.py files BUNDLE --cpus 0 1 --rounds 5 [--images 64] [--variant int8]
+    python benchmarks/clip_speed.py files BUNDLE --cpus 0 1 --rounds 5 [--images 128] [--variant int8]
 
 build: BiomedCLIP's image tower with random weights (speed does not depend on them), by recipes/biomedclip.yaml; DATA is
 what MEDCOMPILE_DATA names. run: one process per contender, pinned to the same cores, taking turns in random order;
@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--variant", default="int8")
     parser.add_argument("--contender")
     given = parser.parse_args()
