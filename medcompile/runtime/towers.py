@@ -139,10 +139,10 @@ class Towers:
             except InputError as error:
                 return error
 
-        for prepared in ahead(pixels, enumerate(_listed(images)), depth=2 * batch.max):
+        for prepared in ahead(pixels, enumerate(_listed(images)), depth=2 * batch.opt):
             held.append(prepared)
             good += not isinstance(prepared, InputError)
-            if good == batch.max:
+            if good == batch.opt:
                 yield from self._results(spec, held, batch, done, normalize)
                 done += len(held)
                 held, good = [], 0
