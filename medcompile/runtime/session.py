@@ -156,9 +156,16 @@ class Session:
         """Candidates for each mask token of one text: see Encoder.fill_mask."""
         return self.encoder.fill_mask(text, top_k)
 
-    def embed_images(self, images: Image | Iterable[Image], *, normalize: bool = True) -> Vectors:
+    def embed_images(
+        self,
+        images: Image | Iterable[Image],
+        *,
+        normalize: bool = True,
+        resolution: int | None = None,
+        frame: int | None = None,
+    ) -> Vectors:
         """Embeddings of paths, bytes, arrays or PIL images, float32 [n, dim]: see Towers.embed_images."""
-        return self.towers.embed_images(images, normalize=normalize)
+        return self.towers.embed_images(images, normalize=normalize, resolution=resolution, frame=frame)
 
     def embed_texts(self, texts: Text | Iterable[Text], *, normalize: bool = True) -> Vectors:
         """Embeddings in the space of the images, float32 [n, dim]: see Towers.embed_texts."""
@@ -221,8 +228,8 @@ class Session:
         from medcompile.runtime.index import Index
 
         chosen = task or self.bundle.tasks[0]
-        embed = {"image": self.embed_images, "text": self.embed_texts}.get(chosen, self.embed)
-        return Index.of(embed(items), keys, digest=self.bundle.digest)
+        ways: Mapping[str, Callable[[Iterable[Any]], Vectors]] = {"image": self.embed_images, "text": self.embed_texts}
+        return Index.of(ways.get(chosen, self.embed)(items), keys, digest=self.bundle.digest)
 
     def load_index(self, path: str | os.PathLike[str]) -> Index:
         """An index that was saved. Raises UsageError if another bundle made it: its embeddings don't compare."""

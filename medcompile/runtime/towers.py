@@ -100,15 +100,21 @@ class Towers:
             raise BundleError(f"{assets / 'towers.json'}: no {error}", fix="rebuild the bundle") from None
 
     def embed_images(
-        self, images: image.Image | Iterable[image.Image], *, normalize: bool = True, resolution: int | None = None
+        self,
+        images: image.Image | Iterable[image.Image],
+        *,
+        normalize: bool = True,
+        resolution: int | None = None,
+        frame: int | None = None,
     ) -> Array:
         """One row per image, float32 [n, dim]; a single image is a list of one.
 
-        resolution: the edge in pixels, where the graph takes several. Raises InputError that names every image that
+        resolution: the edge in pixels, where the graph takes several. frame: which one of files with several, from 0.
+        Raises InputError that names every image that
         can't be used; images() gives each its own answer instead.
         """
         spec, _ = self._image_tower()
-        results = list(self.images(images, normalize=normalize, resolution=resolution))
+        results = list(self.images(images, normalize=normalize, resolution=resolution, frame=frame))
         bad = [(r.index, r.error) for r in results if r.error is not None]
         if bad:
             told = [f"  [{i}] {error.message}" for i, error in bad[:NAMED]]
@@ -121,7 +127,12 @@ class Towers:
         return np.stack(rows) if rows else np.zeros((0, _dim(spec)), np.float32)
 
     def images(
-        self, images: image.Image | Iterable[image.Image], *, normalize: bool = True, resolution: int | None = None
+        self,
+        images: image.Image | Iterable[image.Image],
+        *,
+        normalize: bool = True,
+        resolution: int | None = None,
+        frame: int | None = None,
     ) -> Iterator[ImageResult]:
         """The answer to each image, in order, as batches are done: a bad one gets its error, the others are unharmed.
 
@@ -135,7 +146,7 @@ class Towers:
 
         def pixels(numbered: tuple[int, image.Image]) -> Array | InputError:
             try:
-                return transform.pixels(numbered[1], resolution=resolution, name=f"image {numbered[0]}")
+                return transform.pixels(numbered[1], frame=frame, resolution=resolution, name=f"image {numbered[0]}")
             except InputError as error:
                 return error
 

@@ -346,3 +346,14 @@ def test_texts_of_open_clip_are_unescaped_as_its_tokenizers_do() -> None:
     towers = made(unescape=True)
     assert np.array_equal(towers.embed_texts("p &amp;lt; 5"), towers.embed_texts("p < 5"))
     assert not np.array_equal(made().embed_texts("p &amp;lt; 5"), made().embed_texts("p < 5"))
+
+
+def test_one_frame_of_a_file_with_several_is_taken_by_its_number() -> None:
+    pages = [PIL.Image.fromarray(np.full((EDGE, EDGE, 3), level, np.uint8)) for level in (10, 200)]
+    file = io.BytesIO()
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    towers = made()
+    chosen = towers.embed_images(file.getvalue(), normalize=False, frame=1)
+    np.testing.assert_allclose(chosen, towers.embed_images(pages[1], normalize=False))
+    with pytest.raises(InputError, match="2 frames, and none was chosen"):
+        towers.embed_images(file.getvalue())
