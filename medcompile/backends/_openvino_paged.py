@@ -30,11 +30,6 @@ BLOCK_SIZE = 32  # the only one that the library's CPU kernel has
 _POOLS = ("k_pool.", "v_pool.")
 
 
-def is_paged(spec: GraphSpec) -> bool:
-    """True of a graph with the face of a decoder's step."""
-    return any(tensor.name == "block_table" for tensor in spec.inputs)
-
-
 def kv_format(variant: Variant, settings: Mapping[str, Scalar]) -> str:
     """What the variant's keys and values are kept in: the float that it computes in, unless it says uint8.
 

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile.backends import Built, Executor, check_feeds
+from medcompile.backends import Built, Executor, check_feeds, is_paged
 from medcompile.errors import BackendError, BackendUnavailable
 from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
@@ -60,7 +60,7 @@ class OpenVinoBackend:
         from medcompile.backends import _openvino_paged
         from medcompile.rewrites import openvino as dialect
 
-        if _openvino_paged.is_paged(spec):
+        if is_paged(spec):
             return _openvino_paged.build(_library(), onnx_path, spec, variant, target, out, _settings(variant))
         openvino, settings = _library(), _settings(variant)
         notes = [f"{name}={value}" for name, value in settings.items()]

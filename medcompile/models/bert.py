@@ -6,7 +6,6 @@ memory; passes/export.py binds them. Tokenizers of every age end up as one token
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import ProfileError, SourceError, UsageError
 from medcompile.models import ModelOptions, Traced
+from medcompile.models._files import write_json
 from medcompile.models._tokenizers import tokenizer
 from medcompile.models._torch import TorchExecutor
 from medcompile.spec import GraphSpec, TensorSpec
@@ -100,9 +100,9 @@ class Bert:
             "has_token_types": int(checkpoint.config.get("type_vocab_size", 2)) > 1,
             "multi_label": checkpoint.config.get("problem_type") == "multi_label_classification",
         }
-        _write_json(out / "text.json", text)
+        write_json(out / "text.json", text)
         if {"token-classification", "sequence-classification"} & set(options.tasks):
-            _write_json(out / "labels.json", _labels(checkpoint, options))
+            write_json(out / "labels.json", _labels(checkpoint, options))
         return notes
 
     def reference(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> Executor:
@@ -122,10 +122,6 @@ class Bert:
             checkpoint.folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **extra
         ).eval()
         return TorchExecutor(spec, _wrapper(model, task, options.pooling))
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:

@@ -7,7 +7,6 @@ by the checkpoint's scale. Checkpoints come in two layouts: _open_clip.py and _c
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from medcompile import sources
 from medcompile.errors import ProfileError, SourceError, UsageError
 from medcompile.models import ModelOptions, Traced
 from medcompile.models._clip_hf import HfClip
+from medcompile.models._files import write_json
 from medcompile.models._layout import ImageFacts, Layout, match, scalar
 from medcompile.models._open_clip import OpenClip
 from medcompile.models._tokenizers import tokenizer
@@ -90,10 +90,10 @@ class Clip:
                 "has_token_types": False,
                 "multi_label": False,
             }
-            _write_json(out / "text.json", text)
+            write_json(out / "text.json", text)
         if "image" in options.tasks:
             transform, more = layout.transform()
-            _write_json(out / "transform.json", transform)
+            write_json(out / "transform.json", transform)
             notes += more
         tensors = sources.tensors(checkpoint)
         templates = options.templates or (layout.template,)
@@ -105,7 +105,7 @@ class Clip:
             "templates": list(templates),
             "unescape": layout.unescape,
         }
-        _write_json(out / "towers.json", towers)
+        write_json(out / "towers.json", towers)
         return notes + tuple(note for task in options.tasks for note in layout.notes(task))
 
     def reference(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> Executor:
@@ -177,10 +177,6 @@ def _covering(profiles: tuple[Profile, ...], axes: tuple[str, ...]) -> tuple[Pro
 def _varies(spec: GraphSpec) -> bool:
     """True where images of several resolutions are taken."""
     return "resolution" in spec.inputs[0].shape
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 FAMILY = Clip()

@@ -7,7 +7,6 @@ place; which block belongs to which sequence is the runtime's business, as are s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import ProfileError, SourceError
 from medcompile.models import ModelOptions, Traced
+from medcompile.models._files import write_json
 from medcompile.spec import Axis, GraphSpec, Profile, TensorSpec
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Llama:
         from medcompile import sources
         from medcompile.models import _text
 
-        _write_json(out / "decoder.json", asdict(shape(checkpoint, options)) | {"block_size": options.block_size})
+        write_json(out / "decoder.json", asdict(shape(checkpoint, options)) | {"block_size": options.block_size})
         tokenizer, notes = _text.tokenizer(checkpoint)
         tokenizer.save(str(out / "tokenizer.json"))
         template = _text.chat_template(checkpoint.folder)
@@ -99,7 +99,7 @@ class Llama:
             notes += ("the checkpoint has no chat template: prompts are taken as they are",)
         else:
             (out / "chat_template.jinja").write_text(template, encoding="utf-8")
-        _write_json(out / "generation.json", _text.generation(checkpoint))
+        write_json(out / "generation.json", _text.generation(checkpoint))
         return notes + sources.notes(checkpoint)
 
     def reference(self, checkpoint: Checkpoint, task: str, options: ModelOptions) -> Executor:
@@ -220,10 +220,6 @@ def _match(parameters: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[st
             fix="name a checkpoint of a whole causal language model, saved in float",
         )
     return found
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 FAMILY = Llama()
