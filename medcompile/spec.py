@@ -7,8 +7,9 @@ Frozen dataclasses over the standard library alone, because both halves (compile
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from fnmatch import fnmatchcase
 
 from medcompile.errors import ProfileError
 
@@ -25,6 +26,9 @@ GRAPH_VERIFIED = "graph verified on CPU, engine not yet run"
 
 NOT_VERIFIED = "not verified"
 """Artifact.verified_on where neither it nor its graph was run on the evaluation data."""
+
+WEIGHT_ONLY_METHODS = ("awq", "gptq")
+"""Quantizers of weights whose activations stay in float."""
 
 _ON_DEVICE = "verified on device: "
 
@@ -106,6 +110,21 @@ class Precision(StrEnum):
 
 
 @dataclass(frozen=True)
+class LayerRule:
+    """What the linear layers whose nodes match a pattern have instead of their variant's format.
+
+    pattern: a glob over node names, as in Variant.keep. The other fields are Variant's; weights None leaves those
+    layers in the variant's float_dtype.
+    """
+
+    pattern: str
+    weights: Precision | None = None
+    activations: Precision | None = None
+    dynamic: bool = False
+    block_size: int | None = None
+
+
+@dataclass(frozen=True)
 class Variant:
     """A precision recipe. Everything that decides numbers is named here; nothing is left to a backend's default.
 
@@ -119,6 +138,10 @@ class Variant:
         None searches it for each tensor.
     graphs: which graphs this precision is for; the others stay in float32. Empty: all.
     keep: glob patterns over node names that stay in float. compute: settings a backend would else choose by itself.
+    layers: other formats for some linear layers; the first rule that matches a node holds, and keep goes before all.
+        method is for the layers whose format it fits; the others then have rtn.
+    clipping: how an activation's range is found, instead of the recipe's calibration.method; empty: as that says.
+    bias_correction: what rounding a weight does to the mean of a layer's output is taken off its bias.
     """
 
     name: str
@@ -134,10 +157,14 @@ class Variant:
     graphs: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     compute: Mapping[str, Scalar] = field(default_factory=dict)
+    layers: tuple[LayerRule, ...] = ()
+    clipping: str = ""
+    bias_correction: bool = False
 
     @property
     def quantized(self) -> bool:
-        return self.weights is not None
+        """True if any linear layer is."""
+        return self.weights is not None or any(rule.weights is not None for rule in self.layers)
 
     def on(self, graph: str) -> Variant:
         """What this variant means for that graph: itself, or float32 with the same compute settings."""
@@ -145,10 +172,58 @@ class Variant:
             return self
         return Variant(self.name, compute=self.compute)
 
+    def for_node(self, name: str) -> Variant:
+        """What this variant means for the linear layer of that name: one format, in weights to method; no layers."""
+        if kept(name, self.keep):
+            return self._form(LayerRule(name))
+        return self._form(next((rule for rule in self.layers if kept(name, (rule.pattern,))), None))
+
+    @property
+    def forms(self) -> tuple[Variant, ...]:
+        """Every format that its linear layers may have, as for_node() gives it: its own, then those of its rules."""
+        return (self._form(None), *map(self._form, self.layers))
+
+    def _form(self, rule: LayerRule | None) -> Variant:
+        if rule is None and not self.layers:
+            return self
+        made = replace(self, layers=())
+        if rule is not None:
+            format_ = (rule.weights, rule.activations, rule.dynamic, rule.block_size)
+            made = replace(made, **dict(zip(("weights", "activations", "dynamic", "block_size"), format_, strict=True)))
+        return made if made._method_fits else replace(made, method="rtn")
+
+    @property
+    def _method_fits(self) -> bool:
+        if self.method == "smoothquant":
+            return self.activations is Precision.INT8
+        if self.method in WEIGHT_ONLY_METHODS:
+            return self.activations is None and self.weights in (Precision.INT8, Precision.INT4)
+        return True
+
     @property
     def needs_statistics(self) -> bool:
         """True where calibration data must be run before quantization."""
-        return (self.activations is not None and not self.dynamic) or (self.quantized and self.method != "rtn")
+        return any(
+            (form.activations is not None and not form.dynamic)
+            or (form.weights is not None and (form.method != "rtn" or form.bias_correction))
+            for form in self.forms
+        )
+
+    @property
+    def any_dynamic(self) -> bool:
+        """True if some layer's activation scales are taken at run time."""
+        return any(form.dynamic for form in self.forms)
+
+    @property
+    def any_weight_only(self) -> bool:
+        """True if some layer multiplies stored integers with activations in float."""
+        return any(form.weights is not None and form.activations is None for form in self.forms)
+
+
+def kept(name: str, patterns: tuple[str, ...]) -> bool:
+    """True if one of patterns, globs over node names, means the node of that name: `encoder.layer.3.output.dense`
+    means the node of that module."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*") for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -197,11 +272,13 @@ class Evidence:
 
     difference is value - reference, signed so that a loss is negative whatever the metric's direction; of perplexity,
     as a share of the reference's.
-    lower is the one-sided lower confidence bound of difference; interval is two-sided at the same confidence.
+    lower is the one-sided lower confidence bound of difference; interval is two-sided at the same confidence: the
+    margin's own, or the higher one at which Holm's procedure judged it beside the graph's other margins.
     margin None: reported only, not judged, and verdict is None. samples counts items, units what was resampled.
     discordant: items whose decision differs from the reference's (None where the metric has no decisions).
     power: chance of "non-inferior" at zero true drop; samples_needed: items for a power of 0.8.
-    note: what a verdict does not say alone (a margin below one event; what an extreme leaves open; NaN).
+    note: what a verdict does not say alone (a margin below one event; what an extreme leaves open; NaN; Holm's step).
+    p_value: of a true drop of the margin or more, before Holm; None where nothing is judged, or by an extreme.
     """
 
     metric: str
@@ -222,6 +299,7 @@ class Evidence:
     samples_needed: int | None = None
     graph: str = ""
     note: str = ""
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)
