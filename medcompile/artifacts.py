@@ -17,7 +17,7 @@ from medcompile.steps import Step, Steps
 from medcompile.verify import DID_NOT_RUN, Trial
 
 _ARTIFACT_VERSION = 4
-_EVIDENCE_VERSION = 4
+_EVIDENCE_VERSION = 5
 
 
 @dataclass(frozen=True)

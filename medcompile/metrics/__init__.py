@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from medcompile.errors import UsageError
 from medcompile.metrics.check import check_same_items
-from medcompile.metrics.judge import judge
+from medcompile.metrics.judge import ALONE, Step, holm, judge
 from medcompile.metrics.material import Material, MissingMaterial, Predictions, label_names, label_of, partner_ranks
+from medcompile.metrics.samples import LowestValue, Sample
 from medcompile.metrics.tasks import ITEM, METRICS, MOST_LABELS, RECALL_DEPTHS, Metric
 from medcompile.spec import Evidence, Margin, Verdict
 
@@ -65,7 +66,8 @@ def evaluate(
     gold: the right answers, shaped like Predictions.values, or None; for image and text the class of every image.
     units: the document of each item (None for an item that stands alone); items of one document are not taken as
     independent. labels: label names, index = id; for image and text the classes of Predictions.scores.
-    Returns the evidence of every margin, in their order, then of the task's other metrics, which are not judged.
+    Returns the evidence of every margin, in their order, then of the task's other metrics, which are not judged. The
+    margins are one family, stepped down by Holm: that any is falsely called non-inferior is as rare as each alone.
     A candidate that answers with NaN or Inf anywhere is inferior by every margin.
     Raises UsageError for a metric or label that the task lacks, DataError where predictions do not match or a margin
     asks for what the data can't tell.
@@ -76,21 +78,27 @@ def evaluate(
     material = Material(task, reference, candidate, gold, _unit_index(units, items), labels)
     check_same_items(material)
 
-    def judged(name: str, margin: Margin | None) -> Evidence:
+    def sampled(name: str) -> Sample:
         metric = _metric(task, name)
         assert metric is not None
+        return metric(name, material)
+
+    def judged(name: str, sample: Sample, margin: Margin | None = None, step: Step = ALONE) -> Evidence:
         text = task == "text" and name.startswith("cosine")  # of the texts, which belong to no document
         unit = "text" if text else "document" if documents else ITEM.get(task, "item")
-        return judge(metric(name, material), margin, metric=name, unit=unit, graph=task)
+        return judge(sample, margin, metric=name, unit=unit, graph=task, step=step)
 
-    evidence = [judged(margin.metric, margin) for margin in margins]
+    tested = [(sampled(margin.metric), margin) for margin in margins]
+    family = [(s, m) for s, m in tested if not isinstance(s, LowestValue)]
+    steps = dict(zip([m.metric for _, m in family], holm(family), strict=True))
+    evidence = [judged(m.metric, s, m, steps.get(m.metric, ALONE)) for s, m in tested]
     if material.broken:
         note = f"{material.broken} answers hold NaN or Inf"
-        evidence = [replace(e, verdict=Verdict.INFERIOR, note=note) for e in evidence]
+        evidence = [replace(e, verdict=Verdict.INFERIOR, note=note, p_value=None) for e in evidence]
     for name in _reported(task, labels):
         try:
             if name not in {margin.metric for margin in margins}:
-                evidence.append(judged(name, None))
+                evidence.append(judged(name, sampled(name)))
         except MissingMaterial:
             continue
     return tuple(evidence)

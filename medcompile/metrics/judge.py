@@ -1,26 +1,112 @@
-"""From a paired sample and a margin to Evidence: bounds, verdict, power, and the items that a clear answer takes."""
+"""From paired samples and margins to Evidence: p-values, Holm's levels, verdicts, power, and the items it takes.
+
+What a sample counts, and how its bounds come about, is not known here.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from medcompile.metrics.samples import LowestValue, Sample
 from medcompile.spec import Evidence, Margin, Verdict
 
 _POWER = 0.8
 _MOST_GROWTH = 1e6
+_LEAST_P = 1e-9
+_EVEN = 0.5  # bounds are one-sided: past it they would lie on the other side of what was seen
 
 
-def verdict(sample: Sample, margin: Margin) -> tuple[Verdict, str]:
+@dataclass(frozen=True)
+class Step:
+    """Where Holm's procedure came to one metric: it is judged at its own level divided by divisor."""
+
+    p_value: float | None = None
+    divisor: int = 1
+    note: str = ""
+
+    def level(self, margin: Margin) -> float:
+        return (1.0 - margin.confidence) / self.divisor
+
+    def confidence(self, margin: Margin) -> float:
+        return margin.confidence if self.divisor == 1 else round(1.0 - self.level(margin), 12)
+
+
+ALONE = Step()
+
+
+def holds(sample: Sample, margin: Margin, level: float) -> bool:
+    """True where the lower bound at that level rules out a drop of the margin.
+
+    A margin that a single event would already exceed can't be kept or broken by data.
+    """
+    return not _below_one_event(sample, margin) and sample.difference - sample.widths(level)[0] > -margin.max_drop
+
+
+def _below_one_event(sample: Sample, margin: Margin) -> bool:
+    return margin.max_drop * sample.events < 1.0
+
+
+def p_value(sample: Sample, margin: Margin) -> float:
+    """Of a drop of the margin or more: the smallest level at which it is ruled out. 1 for a margin below one event.
+
+    Above 0.5, where the bounds say nothing of their own, it is what the upper bound leaves.
+    """
+    if _below_one_event(sample, margin):
+        return 1.0
+    if holds(sample, margin, _EVEN):
+        return _least(lambda level: holds(sample, margin, level))
+
+    def broken(level: float) -> bool:
+        return sample.difference + sample.widths(level)[1] < -margin.max_drop
+
+    return 1.0 - _least(broken) if broken(_EVEN) else _EVEN
+
+
+def _least(true: Callable[[float], bool]) -> float:
+    """The smallest level for which a condition is true that is true of every larger one, and of 0.5."""
+    low, high = _LEAST_P, _EVEN
+    if true(low):
+        return low
+    while high / low > 1.0001:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if true(middle) else (middle, high)
+    return high
+
+
+def holm(family: Sequence[tuple[Sample, Margin]]) -> list[Step]:
+    """The step of each metric: of k, the one whose p-value is smallest for its level is judged at its level / k, the
+    next at its level / (k - 1), and so on; after the first that fails none passes, and all are told at that divisor.
+
+    The chance that any of them is falsely called non-inferior is at most the largest of their levels, however they
+    depend on each other. Source: Holm 1979, with p-values weighed by their levels.
+    """
+    p = [p_value(sample, margin) for sample, margin in family]
+    size = len(family)
+    weighed = sorted(range(size), key=lambda i: p[i] / (1.0 - family[i][1].confidence))
+    steps: dict[int, Step] = {}
+    failed = 0
+    for rank, i in enumerate(weighed):
+        place = failed or rank + 1
+        note = f"Holm: {place} of {size}" if not failed else f"Holm: stopped at {place} of {size}"
+        steps[i] = Step(p[i], size - place + 1, note if size > 1 else "")
+        if not failed and not holds(*family[i], steps[i].level(family[i][1])):
+            failed = place
+    return [steps[i] for i in range(size)]
+
+
+def verdict(sample: Sample, margin: Margin, step: Step = ALONE) -> tuple[Verdict, str]:
     """Where the one-sided bounds of the difference stand against the margin, and a note where they don't decide.
 
-    A margin that a single event would already exceed can't be kept or broken by data: inconclusive.
+    Non-inferior at the step's level; inferior where the upper bound at the margin's own shows it.
     """
-    if margin.max_drop * sample.events < 1.0:
-        return Verdict.INCONCLUSIVE, f"a margin of {margin.max_drop:g} is less than one event in {sample.events:g}"
-    difference = sample.difference
-    below, above = sample.widths(1.0 - margin.confidence)
-    if difference - below > -margin.max_drop:
+    if _below_one_event(sample, margin):
+        note = f"a margin of {margin.max_drop:g} is less than one event in {sample.events:g}"
+        return Verdict.INCONCLUSIVE, note
+    if holds(sample, margin, step.level(margin)):
         return Verdict.NON_INFERIOR, ""
-    return (Verdict.INFERIOR if difference + above < -margin.max_drop else Verdict.INCONCLUSIVE), ""
+    above = sample.widths(1.0 - margin.confidence)[1]
+    return (Verdict.INFERIOR if sample.difference + above < -margin.max_drop else Verdict.INCONCLUSIVE), ""
 
 
 def samples_for_power(sample: Sample, margin: float, alpha: float) -> int | None:
@@ -36,10 +122,9 @@ def samples_for_power(sample: Sample, margin: float, alpha: float) -> int | None
     return max(2, round(high * sample.samples + 0.5))
 
 
-def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, graph: str) -> Evidence:
+def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, graph: str, step: Step = ALONE) -> Evidence:
     """Test one metric. Without a margin the interval (at 95 %) is reported and nothing is judged."""
-    confidence = margin.confidence if margin else 0.95
-    alpha = 1.0 - confidence
+    confidence, alpha = (step.confidence(margin), step.level(margin)) if margin else (0.95, 0.05)
     difference = sample.difference
     below, _ = sample.widths(alpha)
     outer = sample.widths(alpha / 2)
@@ -48,7 +133,7 @@ def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, grap
     needed: int | None = None
     note = ""
     if margin:
-        outcome, note = verdict(sample, margin)
+        outcome, note = verdict(sample, margin, step)
         if isinstance(sample, LowestValue):
             note = sample.unseen(confidence, unit)
         elif margin.max_drop > 0:
@@ -72,5 +157,6 @@ def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, grap
         power=power,
         samples_needed=needed,
         graph=graph,
-        note=note,
+        note="; ".join(part for part in (note, step.note) if part),
+        p_value=step.p_value,
     )

@@ -34,7 +34,10 @@ _PRIOR_UNITS = 2.0  # weight, in differing units, of the clump size assumed befo
 
 
 class Sample(Protocol):
-    """A metric's paired result. widths: how far the one-sided bounds at level alpha lie from the difference."""
+    """A metric's paired result.
+
+    widths: how far the one-sided bounds at level alpha lie from the difference; no smaller at a smaller level.
+    """
 
     @property
     def reference(self) -> float: ...
@@ -295,6 +298,8 @@ class PairedTotals:
             return 1.0 + self.difference, 1.0 - self.difference
         if self.counted:
             return self._events.widths(alpha)
+        if alpha * self.totals.resamples < 1.0:  # so far out no resample lies
+            return _WIDEST, _WIDEST
         error, scaled = self._studentized
         widths = np.quantile(scaled, 1.0 - alpha, method="higher"), -np.quantile(scaled, alpha, method="lower")
         below, above = (min(error * max(float(w), 0.0), _WIDEST) if error > 0 else 0.0 for w in widths)
