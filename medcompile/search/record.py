@@ -90,8 +90,7 @@ class Search:
 
     basis: how costs came about: `measured on this machine`, or which cost model. chosen: a point's name; empty where
     none was confirmed. variant: the name that it has in the bundle. most_looks: how many looks at the acceptance data
-    were allowed, whether or not they were taken. confidence: by metric, before the correction.
-    plain_s: what the plain int8 build of the same recipe would have taken, as its steps took in this search.
+    were allowed, whether or not they were taken. seconds: of the search, without what the cache had already.
     """
 
     target: str
@@ -105,7 +104,6 @@ class Search:
     chosen: str
     variant: str
     seconds: float
-    plain_s: float
     notes: tuple[str, ...] = ()
 
     def point(self, name: str) -> Point:
