@@ -186,10 +186,15 @@ class Variant:
     def _form(self, rule: LayerRule | None) -> Variant:
         if rule is None and not self.layers:
             return self
-        made = replace(self, layers=())
-        if rule is not None:
-            format_ = (rule.weights, rule.activations, rule.dynamic, rule.block_size)
-            made = replace(made, **dict(zip(("weights", "activations", "dynamic", "block_size"), format_, strict=True)))
+        form = rule or self
+        made = replace(
+            self,
+            weights=form.weights,
+            activations=form.activations,
+            dynamic=form.dynamic,
+            block_size=form.block_size,
+            layers=(),
+        )
         return made if made._method_fits else replace(made, method="rtn")
 
     @property

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from medcompile.passes.quantize import kept
 from medcompile.program import Context, Graph, Program
-from medcompile.spec import Precision, Stage
+from medcompile.spec import Precision, Stage, kept
 
 if TYPE_CHECKING:
     import numpy as np

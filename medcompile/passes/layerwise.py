@@ -117,7 +117,7 @@ def _crossing(model: ir.Model, group: LinearGroup) -> tuple[str, ...]:
     for node in nodes:
         if node is group.nodes[0]:
             break
-        behind = node.op_type == "MatMul" or any(
+        behind = node.op_type in ("MatMul", "MatMulInteger") or any(
             value is not None and earlier.get(value, False) for value in node.inputs
         )
         earlier |= dict.fromkeys(node.outputs, behind)

@@ -11,10 +11,10 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from medcompile.errors import QuantizeError
+from medcompile.passes.bias import add_to_output, mean_lost
 from medcompile.passes.dynamic_int8 import dynamic_matmuls
 from medcompile.passes.edits import constant, insert
 from medcompile.passes.embeddings import quantize_embeddings
@@ -24,13 +24,13 @@ from medcompile.passes.layerwise import Carried
 from medcompile.passes.linear import LinearGroup, linear_groups
 from medcompile.passes.stored import stored_matmuls
 from medcompile.program import Context, Graph, Program
-from medcompile.spec import Precision, Stage, Variant
+from medcompile.spec import Precision, Stage, Variant, kept
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx_ir as ir
 
-    from medcompile.quantizers import Solution
+    from medcompile.quantizers import Quantizer, Solution
     from medcompile.statistics import Statistics
 
     Array = np.ndarray[Any, Any]
@@ -42,8 +42,9 @@ _BITS = {Precision.INT8: 8, Precision.INT4: 4}
 class Quantize:
     """Quantizes every linear layer of every graph as ctx.variant says, but those that variant.keep names.
 
-    method: how an activation's clipping range is found where no quantizer rescales its channels; rescaled ones take
-    all that was seen (clipping them gains nothing, and outliers are what the rescaling is for).
+    method: how an activation's clipping range is found where no quantizer rescales its channels, unless
+    variant.clipping says it; rescaled ones take all that was seen (clipping them gains nothing, and outliers are what
+    the rescaling is for).
     percentile: for method percentile, the share of values kept, in %.
     Where block_size does not divide a layer's inputs, it has smaller blocks: half of that, a quarter, 16 at least.
     A keep pattern is a glob over node names; `encoder.layer.3.output.dense` means the node of that module.
@@ -61,8 +62,7 @@ class Quantize:
         variant = ctx.variant
         if variant is None or not variant.quantized:
             return program.with_graphs(program.graphs, self.gives)
-        _check(variant)
-        _check_keep(variant, program)
+        check(variant, program)
         graphs = {}
         for name, graph in program.graphs.items():
             if not variant.on(name).quantized:
@@ -80,26 +80,44 @@ class Quantize:
         return program.with_graphs(graphs, self.gives)
 
 
-def kept(name: str, keep: tuple[str, ...]) -> bool:
-    """True if a node of that name stays in float."""
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*") for pattern in keep)
+def check(variant: Variant, program: Program) -> None:
+    """Raises QuantizeError on a variant that makes no sense, or has a pattern that names no linear layer of program:
+    that is a typing error, and would quantize what must not be, or leave what should."""
+    for form in variant.forms:
+        if form.weights is not None or form.activations is not None:
+            _check_form(form, mixed=bool(variant.layers))
+    lowered = [graph for name, graph in program.graphs.items() if variant.on(name).quantized]
+    names = [n.name or "" for g in lowered for group in linear_groups(g.model) for n in group.nodes]
+    for kind, patterns in (("keep", variant.keep), ("layers", tuple(rule.pattern for rule in variant.layers))):
+        for pattern in patterns:
+            if not any(kept(name, (pattern,)) for name in names):
+                raise QuantizeError(
+                    f"variant {variant.name}: {kind} pattern {pattern!r} matches no linear layer",
+                    fix=f"use node names such as {', '.join(names[:3])}, or globs over them",
+                )
 
 
-def _check(variant: Variant) -> None:
-    if variant.weights is Precision.STORED:
-        return
+def _check_form(variant: Variant, *, mixed: bool) -> None:
+    """variant: one format."""
     from medcompile import quantizers
 
+    if variant.weights is Precision.STORED:
+        if mixed or variant.bias_correction:
+            raise QuantizeError(
+                f"variant {variant.name}: stored weights have the formats that the checkpoint gave them",
+                fix="leave out layers and bias_correction, or write weights: int8 or int4",
+            )
+        return
     if Precision.FLOAT8 in (variant.weights, variant.activations):
         if (variant.weights, variant.activations, variant.method) != (Precision.FLOAT8, Precision.FLOAT8, "rtn"):
             raise QuantizeError(
                 f"variant {variant.name}: float8 is for weights and activations both, with method rtn",
                 fix="write weights: float8, activations: float8 and no method",
             )
-        if variant.dynamic or variant.block_size or not variant.symmetric:
+        if variant.dynamic or variant.block_size or not variant.symmetric or variant.bias_correction:
             raise QuantizeError(
-                f"variant {variant.name}: float8 has one stored scale per tensor and no zero point",
-                fix="leave out dynamic, block_size and symmetric",
+                f"variant {variant.name}: float8 has one stored scale per tensor, no zero point and no bias correction",
+                fix="leave out dynamic, block_size, symmetric and bias_correction",
             )
         return
     if variant.weights not in _BITS or variant.activations not in (None, Precision.INT8):
@@ -128,50 +146,73 @@ def _chosen(model: ir.Model, variant: Variant) -> list[LinearGroup]:
     return groups
 
 
-def _check_keep(variant: Variant, program: Program) -> None:
-    """A pattern that names no linear layer of any graph is a typing error, and would quantize what must not be."""
-    lowered = [graph for name, graph in program.graphs.items() if variant.on(name).quantized]
-    names = [n.name or "" for g in lowered for group in linear_groups(g.model) for n in group.nodes]
-    for pattern in variant.keep:
-        if not any(kept(name, (pattern,)) for name in names):
-            raise QuantizeError(
-                f"variant {variant.name}: keep pattern {pattern!r} matches no linear layer",
-                fix=f"use node names such as {', '.join(names[:3])}, or globs over them",
-            )
-
-
 def _quantize_graph(
     name: str, model: ir.Model, variant: Variant, statistics: Mapping[str, Statistics], options: Quantize, ctx: Context
 ) -> None:
     from medcompile import quantizers
 
-    quantizer = quantizers.get(variant.method)
+    by_layer = any(form.weights is not None and quantizers.get(form.method).by_layer for form in variant.forms)
     with ExitStack() as stack:
-        carried = stack.enter_context(Carried(model, name, ctx)) if quantizer.by_layer else None
+        carried = stack.enter_context(Carried(model, name, ctx)) if by_layer else None
         groups = linear_groups(model)
         for done, group in enumerate(groups):
             ctx.progress.step(f"{name}: {group.nodes[0].name}", done, len(groups))
-            nodes = tuple(n for n in group.nodes if not kept(n.name or "", variant.keep))
-            if nodes:
-                stats = carried.statistics(group, quantizer) if carried else statistics.get(group.tensor)
-                factor = _quantize_group(
-                    model, LinearGroup(group.tensor, group.channels, nodes), variant, stats, options
-                )
-                if carried and factor is not None:
-                    carried.rescale(group.tensor, factor)
+            stats = statistics.get(group.tensor)
+            observing = observer_of(group, variant)
+            if carried and observing is not None:
+                stats = carried.statistics(group, observing)
+            factor = quantize_group(model, group, variant, stats, options)
+            if carried and factor is not None:
+                carried.rescale(group.tensor, factor)
 
 
-def _quantize_group(
+def observer_of(group: LinearGroup, variant: Variant) -> Quantizer | None:
+    """The quantizer that must see the group's input itself, by layer; None where none of its nodes' formats asks."""
+    from medcompile import quantizers
+
+    found = (quantizers.get(form.method) for form, _ in _parts(group, variant))
+    return next((quantizer for quantizer in found if quantizer.by_layer), None)
+
+
+def quantize_group(
     model: ir.Model, group: LinearGroup, variant: Variant, stats: Statistics | None, options: Quantize
 ) -> Array | None:
-    """Returns what the channels of the group's input have been multiplied by where it is made, if they have."""
+    """Quantize the nodes of one group as variant says of each; those of one format together. All may stay in float.
+
+    stats: of the group's input. Returns what the channels of that input have been multiplied by where it is made, if
+    they have. That is done only where all readers of the input have one format: else each format rescales its own copy.
+    Raises QuantizeError on missing statistics or a damaged weight, naming the node.
+    """
+    factor = None
+    for index, (form, nodes) in enumerate(_parts(group, variant)):
+        base = group.tensor if index == 0 else f"{group.tensor}/{index}"  # what is put in is named after it
+        made = _quantize_part(model, group.tensor, LinearGroup(base, group.channels, nodes), form, stats, options)
+        factor = made if factor is None else factor
+    return factor
+
+
+def _parts(group: LinearGroup, variant: Variant) -> list[tuple[Variant, tuple[ir.Node, ...]]]:
+    """The group's nodes by format, those that stay in float left out."""
+    found: dict[tuple[object, ...], tuple[Variant, list[ir.Node]]] = {}
+    for node in group.nodes:
+        form = variant.for_node(node.name or "")
+        if form.weights is not None:
+            key = (form.weights, form.activations, form.dynamic, form.block_size)
+            found.setdefault(key, (form, []))[1].append(node)
+    return [(form, tuple(nodes)) for form, nodes in found.values()]
+
+
+def _quantize_part(
+    model: ir.Model, tensor: str, group: LinearGroup, variant: Variant, stats: Statistics | None, options: Quantize
+) -> Array | None:
+    """As quantize_group, of nodes that have one format, variant's. tensor: the name of their input."""
     import numpy as np
 
     from medcompile import quantizers
 
     if stats is None and variant.needs_statistics:
         raise QuantizeError(
-            f"{group.nodes[0].name}: no statistics of its input {group.tensor}",
+            f"{group.nodes[0].name}: no statistics of its input {tensor}",
             fix="run calibrate on the same graphs first (the recipe's calibration.data)",
         )
     if variant.weights == Precision.FLOAT8:
@@ -190,13 +231,19 @@ def _quantize_group(
     widths = np.cumsum([w.shape[1] for w in weights])[:-1]
     values = np.split(solution.values, widths, axis=1)
     scales = np.split(solution.scales, widths, axis=-1)
+    if variant.bias_correction:
+        assert stats is not None
+        for node, weight, value, scale in zip(group.nodes, weights, values, scales, strict=True):
+            lost = mean_lost(weight, dataclasses.replace(solution, values=value, scales=scale), stats)
+            add_to_output(model, node, lost)
     activation, factor = _equalized(model, group, solution)
     if variant.dynamic:
         dynamic_matmuls(model, group.nodes, activation, values, scales)
         return factor
     if variant.activations is not None:
         assert stats is not None
-        activation = _qdq(model, group, activation, _range(stats, solution, variant.symmetric, options), variant)
+        ends = _range(stats, solution, variant, options)
+        activation = _qdq(model, group, activation, ends, variant)
     for node, value, scale in zip(group.nodes, values, scales, strict=True):
         node.replace_input_with(0, activation)
         node.replace_input_with(1, _dequantized_weight(model, node, value, scale, variant))
@@ -231,11 +278,12 @@ def _equalized(model: ir.Model, group: LinearGroup, solution: Solution) -> tuple
     return insert(model, group.nodes[0], "Mul", [activation, factor], f"{group.tensor}/equalize"), None
 
 
-def _range(stats: Statistics, solution: Solution, symmetric: bool, options: Quantize) -> tuple[float, float]:
+def _range(stats: Statistics, solution: Solution, variant: Variant, options: Quantize) -> tuple[float, float]:
     from medcompile.statistics import clipping_range
 
+    symmetric = variant.symmetric
     if solution.input_scale is None:
-        return clipping_range(stats, options.method, symmetric, options.percentile)
+        return clipping_range(stats, variant.clipping or options.method, symmetric, options.percentile)
     low = min(float((stats.channel_min / solution.input_scale).min()), 0.0)
     high = max(float((stats.channel_max / solution.input_scale).max()), 0.0)
     if low == high:
