@@ -137,8 +137,8 @@ class Peer(ABC):
     name: the file's. title: as tables call it. tasks, clocks: what it can do. modules: what must be importable, by
     import name, with the install line of each. device: cpu or cuda. needs_source: it reads the checkpoint.
     ours: runs what this compiler built. reference: accuracy and ratios are told against it, unless told otherwise.
-    engine: whose kernels run (openvino, onnxruntime, torch, llama.cpp ...). precision: of the linear layers' weights
-        and float_precision of the rest (float32, bfloat16, float16, int8, int4). What only open() can tell, Runner.notes
+    engine: whose kernels run (openvino, onnxruntime, torch, llama.cpp ...). precision: of the linear layers' weights,
+        float_precision: of the rest (float32, bfloat16, float16, int8, int4). What only open() can tell, Runner.notes
         says under the same three names.
     """
 
