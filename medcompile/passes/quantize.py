@@ -83,6 +83,12 @@ class Quantize:
 def check(variant: Variant, program: Program) -> None:
     """Raises QuantizeError on a variant that makes no sense, or has a pattern that names no linear layer of program:
     that is a typing error, and would quantize what must not be, or leave what should."""
+    from medcompile.statistics import METHODS
+
+    if variant.clipping not in ("", *METHODS):
+        raise QuantizeError(
+            f"variant {variant.name}: no clipping {variant.clipping!r}", fix=f"use one of {', '.join(METHODS)}"
+        )
     for form in variant.forms:
         if form.weights is not None or form.activations is not None:
             _check_form(form, mixed=bool(variant.layers))
@@ -129,6 +135,11 @@ def _check_form(variant: Variant, *, mixed: bool) -> None:
         raise QuantizeError(
             f"variant {variant.name}: int8 activations need int8 weights with one scale per output channel",
             fix="leave out block_size, or leave out activations for weight-only quantization",
+        )
+    if variant.clipping and variant.method == "smoothquant" and not variant.dynamic:
+        raise QuantizeError(
+            f"variant {variant.name}: clipping {variant.clipping} has no say where smoothquant rescales the channels",
+            fix="use method: rtn, or leave out clipping: rescaled activations take all that was seen",
         )
     if variant.activations is not None and quantizers.get(variant.method).by_layer:
         raise QuantizeError(

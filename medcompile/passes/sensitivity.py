@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from medcompile.passes.linear import LinearGroup
-    from medcompile.passes.linear import LinearGroup
     from medcompile.passes.segments import State
     from medcompile.program import Feeds
 

@@ -78,6 +78,7 @@ def feeds(items: int = 40, batch: int = 8, seed: int = 1) -> list[dict[str, np.n
 def run_onnx(model: ir.Model, batches: Iterator[dict], names: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # as medcompile.run_onnx
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
