@@ -32,6 +32,7 @@ from medcompile.spec import (
     Evidence,
     GraphSpec,
     Margin,
+    Profile,
     Target,
     Variant,
     Verdict,
@@ -47,15 +48,20 @@ _TIMED_S = 2.0
 
 
 def latency_ms(executor: Executor, spec: GraphSpec) -> float:
-    """Median milliseconds of one run at the first profile's opt shape, every position a real token, after a warm-up.
+    """Median milliseconds of one run at the first profile's opt shape, after a warm-up."""
+    return _median_ms(one_run(executor, spec, spec.profiles[0]))
 
-    Of a decoder: of a step that gives each of opt sequences its next token.
+
+def one_run(executor: Executor, spec: GraphSpec, profile: Profile) -> Callable[[], object]:
+    """What is timed: a run at the profile's opt shape, every position a real token.
+
+    Of a decoder: a step that gives each of opt sequences its next token.
     """
     if isinstance(executor, FreshSequence):
-        return _median_ms(executor.timed(spec.profiles[0].axis("sequences").opt))
-    sizes = {axis.name: axis.opt for axis in spec.profiles[0].axes}
+        return executor.timed(profile.axis("sequences").opt)
+    sizes = {axis.name: axis.opt for axis in profile.axes}
     feeds = {t.name: np.ones([sizes[d] if isinstance(d, str) else d for d in t.shape], t.dtype) for t in spec.inputs}
-    return _median_ms(lambda: executor.run(feeds))
+    return lambda: executor.run(feeds)
 
 
 def _median_ms(run: Callable[[], object]) -> float:
@@ -115,7 +121,7 @@ class Trial:
             try:
                 here = backend.probe(target.name)
                 executors = {
-                    name: opened.enter_context(_loaded(backend, paths[name], spec, variant.on(name), target, threads))
+                    name: opened.enter_context(loaded(backend, paths[name], spec, variant.on(name), target, threads))
                     for name, spec in graphs.items()
                 }
             except BackendError as error:
@@ -130,7 +136,7 @@ class Trial:
         try:
             with ExitStack() as opened:
                 graphs = self.exam.graphs
-                executors = {n: opened.enter_context(_on_cpu(typed[n], spec)) for n, spec in graphs.items()}
+                executors = {n: opened.enter_context(on_cpu(typed[n], spec)) for n, spec in graphs.items()}
                 return Findings(self._judged(executors), None, GRAPH_VERIFIED, reason)
         except BackendError as error:
             return Findings((), None, NOT_VERIFIED, f"{reason}; nor does its graph run here: {error.message}")
@@ -139,16 +145,17 @@ class Trial:
         return exams.judge(self.exam, self.budget, self.reference, self.exam.answers(executors))
 
 
-def _loaded(
+def loaded(
     backend: Backend, path: Path, spec: GraphSpec, variant: Variant, target: Target, threads: int | None
 ) -> Executor:
+    """The artifact at path with the face that its exam takes. variant: as it is on this graph. Raises BackendError."""
     if backends.is_paged(spec):
         return FreshSequence(spec.name, backends.load_decoder(backend, path, variant, threads, BLOCKS))
     return backend.load(path, spec, variant, target, threads)
 
 
-def _on_cpu(typed: Path, spec: GraphSpec) -> Executor:
-    """Raises BackendError where ONNX Runtime's CPU provider lacks an operator or a format."""
+def on_cpu(typed: Path, spec: GraphSpec) -> Executor:
+    """A typed graph on ONNX Runtime's CPU provider. Raises BackendError where that lacks an operator or a format."""
     try:
         if backends.is_paged(spec):
             return FreshGraph(typed, spec.name, int(spec.outputs[0].shape[-1]))
