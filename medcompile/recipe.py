@@ -160,6 +160,34 @@ class EvaluationKeys(_Keys):
     samples: int | None = Field(default=None, ge=8, description="How many items; default: all.", examples=["500"])
 
 
+class TuningKeys(_Keys):
+    """Labelled data that a search sees as often as it likes. The evaluation data then is for the final test alone."""
+
+    data: str = Field(min_length=1, description="A manifest in calibration/, or a path to one.", examples=["my-tuning"])
+    samples: int | None = Field(default=None, ge=8, description="How many items; default: all.", examples=["500"])
+
+
+class SearchKeys(_Keys):
+    """How far a search may go."""
+
+    confirmations: int = Field(
+        default=3,
+        ge=1,
+        le=10,
+        description="Most looks at the evaluation data; the confidence is raised to allow for all of them.",
+        examples=["3"],
+    )
+    points: int = Field(default=24, ge=2, description="Most bundles to judge on the tuning data.", examples=["24"])
+    batches: int = Field(
+        default=2, ge=1, description="Calibration batches that layers are compared on, alone.", examples=["2"]
+    )
+    measured: list[str] = Field(
+        default_factory=list,
+        description="Bundles that were verified on a target that is not here: their times are its cost model.",
+        examples=["[engines/from-the-gpu]"],
+    )
+
+
 class MarginKeys(_Keys):
     """How much of a metric may be lost, and how sure the test must be that no more was."""
 
@@ -275,10 +303,22 @@ class _RecipeKeys(_Keys):
     budget: dict[str, MarginKeys] = Field(
         min_length=1, description="Metric to largest tolerated loss.", examples=["{f1: {max_drop: 0.01}}"]
     )
-    variants: dict[str, VariantKeys] = Field(
+    variants: dict[str, VariantKeys] | None = Field(
+        default=None,
         min_length=1,
-        description="Name to precision.",
+        description="Name to precision; or else optimize.",
         examples=["{fp32: {}, int8: {weights: int8, activations: int8}}"],
+    )
+    optimize: Literal["latency", "size", "throughput"] | None = Field(
+        default=None,
+        description="Instead of variants: find the precision of each layer that is best at this, inside the budget.",
+        examples=["latency"],
+    )
+    tuning: TuningKeys | None = Field(
+        default=None, description="Goes with optimize: the data that its search sees.", examples=["{data: my-tuning}"]
+    )
+    search: SearchKeys | None = Field(
+        default=None, description="Goes with optimize: how far to search.", examples=["{confirmations: 3}"]
     )
     kv: KvKeys | None = Field(default=None, description="For the task generate.", examples=["{block_size: 32}"])
     targets: Annotated[list[TargetName], AfterValidator(_unique)] = Field(
@@ -299,6 +339,9 @@ class Recipe:
     variants: tuple[Variant, ...]
     targets: tuple[str, ...]
     kv: KvKeys | None
+    optimize: str | None
+    tuning: TuningKeys | None
+    search: SearchKeys
     path: Path = field(compare=False)
     manifests: Mapping[str, Path] = field(compare=False)
 
@@ -329,9 +372,12 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         calibration=keys.calibration,
         evaluation=keys.evaluation,
         budget=tuple(Margin(metric, m.max_drop, m.confidence) for metric, m in keys.budget.items()),
-        variants=tuple(_variant(name, v) for name, v in keys.variants.items()),
+        variants=tuple(_variant(name, v) for name, v in (keys.variants or {}).items()),
         targets=tuple(keys.targets),
         kv=(keys.kv or KvKeys()) if "generate" in keys.model.tasks else None,
+        optimize=keys.optimize,
+        tuning=keys.tuning,
+        search=keys.search or SearchKeys(),
         path=Path(path),
         manifests=manifests,
     )
@@ -348,7 +394,10 @@ def resolved(recipe: Recipe) -> str:
         "calibration": _plain(recipe.calibration) if recipe.calibration else None,
         "evaluation": _plain(recipe.evaluation),
         "budget": {m.metric: {"max_drop": m.max_drop, "confidence": m.confidence} for m in recipe.budget},
-        "variants": {v.name: _variant_plain(v) for v in recipe.variants},
+        "optimize": recipe.optimize,
+        "tuning": _plain(recipe.tuning) if recipe.tuning else None,
+        "search": _plain(recipe.search) if recipe.optimize else None,
+        "variants": {v.name: _variant_plain(v) for v in recipe.variants} or None,
         "kv": _plain(recipe.kv) if recipe.kv else None,
         "targets": list(recipe.targets),
     }
@@ -371,7 +420,7 @@ def json_schema() -> dict[str, Any]:
 def _find_manifests(document: Document, recipe: Path) -> dict[str, Path]:
     """The manifests that the recipe names, by name; one that is nowhere is reported."""
     found: dict[str, Path] = {}
-    for section in ("calibration", "evaluation"):
+    for section in ("calibration", "tuning", "evaluation"):
         named = _listed(recipe_rules.mapping(document.value, section).get("data"))
         for name in named if isinstance(named, list) else ():
             if not isinstance(name, str) or not name:
@@ -433,7 +482,7 @@ def _variant_plain(variant: Variant) -> dict[str, Any]:
     return plain | {"keep": list(variant.keep), "compute": compute}
 
 
-def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys | KvKeys) -> dict[str, Any]:
+def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys | TuningKeys | SearchKeys | KvKeys) -> dict[str, Any]:
     """A section's keys with defaults, less those that are unset or say nothing for its tasks."""
     plain = keys.model_dump(exclude_none=True)
     if isinstance(keys, ModelKeys) and "embed" not in keys.tasks:

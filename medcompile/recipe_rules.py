@@ -35,6 +35,7 @@ def broken(value: dict[str, Any]) -> Broken:
     yield from _budget_checks(mapping(value, "budget"), model)
     if value.get("kv") is not None and _tasks(model) and "generate" not in _tasks(model):
         yield ("kv",), "kv is for the task generate, which is not asked for", "remove it"
+    yield from _search_checks(value)
     for name in mapping(value, "variants"):
         if not NAME.fullmatch(name):
             yield ("variants", name), f"variants: {shown(name)} is not a name (a-z, 0-9, . _ -)", "rename the variant"
@@ -55,6 +56,33 @@ def broken(value: dict[str, Any]) -> Broken:
         yield ("calibration", "percentile"), "calibration.percentile goes with method: percentile", "change the method"
     if percentile is None and method == "percentile":
         yield ("calibration", "method"), "calibration.method percentile has no percentile", "add percentile: 99.99"
+
+
+def _search_checks(value: dict[str, Any]) -> Broken:
+    """Either variants or optimize, and what goes with it."""
+    searched = value.get("optimize") is not None
+    if searched and value.get("variants") is not None:
+        yield (
+            ("optimize",),
+            "optimize finds the variants, and variants are listed too",
+            "remove variants, or optimize with tuning and search",
+        )
+    elif not searched and value.get("variants") is None:
+        yield (
+            ("variants",),
+            "missing key 'variants' in the file",
+            "add variants: {fp32: {}, int8: {weights: int8, activations: int8}}, or optimize: latency",
+        )
+    for key in ("tuning", "search"):
+        if not searched and value.get(key) is not None:
+            yield (key,), f"{key} goes with optimize, which is not asked for", f"remove {key}, or variants"
+    for key in ("calibration", "tuning"):
+        if searched and value.get(key) is None:
+            yield (
+                (key,),
+                f"missing key {key!r} in the file; optimize needs data of three roles",
+                f"add {key}: {{data: <manifest>}}, other items than evaluation's",
+            )
 
 
 def method_of(method: str | None, activations: object, dynamic: object) -> str:

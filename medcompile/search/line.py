@@ -7,6 +7,7 @@ does to the outputs has little to do with another's. Numbers in, assignments out
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def line(options: Mapping[Group, Sequence[Option]]) -> list[dict[Group, str]]:
     for group, given in options.items():
         kept = hull(given)
         start[group] = kept[0].format
-        for place, (before, after) in enumerate(zip(kept, kept[1:], strict=False)):
+        for place, (before, after) in enumerate(itertools.pairwise(kept)):
             removed = before.error**2 - after.error**2
             steps.append((-removed / max(after.cost - before.cost, 1e-30), place, group, after.format))
     found = [dict(start)]
