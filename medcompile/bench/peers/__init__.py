@@ -7,7 +7,9 @@ another contender's libraries and not ours.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
+from pathlib import Path
 
 from medcompile.bench.peer import Peer
 from medcompile.errors import UsageError
@@ -19,9 +21,25 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Peer:
-    """The contender of that file name. Raises UsageError naming those there are."""
+    """The contender of that file name, or of a Python file by its path. Raises UsageError naming those there are."""
+    if name.endswith(".py"):
+        return _from_file(Path(name))
     if name not in names():
-        raise UsageError(f"no contender {name!r}", fix=f"choose from: {', '.join(names())}")
+        raise UsageError(
+            f"no contender {name!r}", fix=f"choose from: {', '.join(names())}; or give the path of a .py file"
+        )
     peer: Peer = importlib.import_module(f"{__name__}.{name}").PEER
     assert peer.name == name, f"peers/{name}.py calls itself {peer.name}"
+    return peer
+
+
+def _from_file(path: Path) -> Peer:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UsageError(f"{path}: no such Python file", fix="give the path of a file that has a PEER")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    peer = getattr(module, "PEER", None)
+    if not isinstance(peer, Peer):
+        raise UsageError(f"{path} has no PEER", fix="make one: an instance of a class of medcompile.bench.peer.Peer")
     return peer
