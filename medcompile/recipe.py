@@ -1,8 +1,8 @@
 """Recipes: the YAML file that says what to build, read into a frozen Recipe of spec's types.
 
-The schema lives here. Rules that tie keys together are recipe_rules.py's, and reading YAML with line and column is
-recipe_yaml.py's. Whether the model itself can do what is asked (512 positions, its tasks' weights) is for the family
-to say later.
+The schema lives here, but for that of a variant: recipe_variants.py. Rules that tie keys together are
+recipe_rules.py's, and reading YAML with line and column is recipe_yaml.py's. Whether the model itself can do what is
+asked (512 positions, its tasks' weights) is for the family to say later.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from medcompile import models, recipe_rules, recipe_yaml
 from medcompile.errors import RecipeError
 from medcompile.recipe_rules import Task
+from medcompile.recipe_variants import Section, VariantKeys, unique, variant_of, variant_plain
 from medcompile.recipe_yaml import Document, failure, nearest, shown
-from medcompile.spec import Axis, Margin, Precision, Profile, Scalar, Variant
+from medcompile.spec import Axis, Margin, Profile, Variant
 
 TargetName = Literal[
     "onnxruntime-cpu", "openvino-cpu", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda", "onnxruntime-rtx", "null"
@@ -61,13 +62,6 @@ def _source(value: str) -> str:
     return value
 
 
-def _unique(values: list[Any]) -> list[Any]:
-    twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
-    if twice is not None:
-        raise failure(f"{shown(twice)} stands here twice", f"keep {twice} once")
-    return values
-
-
 def _templates(values: list[str]) -> list[str]:
     for value in values:
         if value.count("{}") != 1:
@@ -80,24 +74,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _scalars(values: dict[str, Any]) -> dict[str, Any]:
-    for key, value in values.items():
-        if not isinstance(value, str | int | float):
-            raise failure(f"{key} is neither text, a number, true nor false", f"write {key}: <one value>")
-    return values
-
-
-class _Keys(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelKeys(_Keys):
+class ModelKeys(Section):
     """What to compile. source is pinned: a hub revision, or a package's version."""
 
     family: Annotated[str, AfterValidator(_family)] = Field(
         description="The architecture family: a file in medcompile/models/.", examples=["bert"]
     )
-    tasks: Annotated[list[Task], AfterValidator(_unique)] = Field(
+    tasks: Annotated[list[Task], AfterValidator(unique)] = Field(
         min_length=1, description="One graph is built for each task.", examples=["[embed]"]
     )
     source: Annotated[str, AfterValidator(_source)] = Field(
@@ -122,7 +105,7 @@ class ModelKeys(_Keys):
     max_length: int | None = Field(
         default=None, ge=8, description="Longest window in tokens; default: the model's own.", examples=["512"]
     )
-    labels: Annotated[list[str], AfterValidator(_unique)] | None = Field(
+    labels: Annotated[list[str], AfterValidator(unique)] | None = Field(
         default=None,
         min_length=2,
         description="Names of the labels in the order of their ids, where the checkpoint's own are missing or odd.",
@@ -130,13 +113,13 @@ class ModelKeys(_Keys):
     )
 
 
-class CalibrationKeys(_Keys):
+class CalibrationKeys(Section):
     """Real data that static quantization measures activations on. Never random, never the evaluation data."""
 
     data: Annotated[
         list[Annotated[str, Field(min_length=1)]],
         BeforeValidator(_listed),
-        AfterValidator(_unique),
+        AfterValidator(unique),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
     ] = Field(
         min_length=1,
@@ -153,21 +136,21 @@ class CalibrationKeys(_Keys):
     batch: int = Field(default=8, ge=1, description="Items per run.", examples=["8"])
 
 
-class EvaluationKeys(_Keys):
+class EvaluationKeys(Section):
     """Labelled data that every artifact is judged on against the original model."""
 
     data: str = Field(min_length=1, description="A manifest in calibration/, or a path to one.", examples=["my-devel"])
     samples: int | None = Field(default=None, ge=8, description="How many items; default: all.", examples=["500"])
 
 
-class TuningKeys(_Keys):
+class TuningKeys(Section):
     """Labelled data that a search sees as often as it likes. The evaluation data then is for the final test alone."""
 
     data: str = Field(min_length=1, description="A manifest in calibration/, or a path to one.", examples=["my-tuning"])
     samples: int | None = Field(default=None, ge=8, description="How many items; default: all.", examples=["500"])
 
 
-class SearchKeys(_Keys):
+class SearchKeys(Section):
     """How far a search may go."""
 
     confirmations: int = Field(
@@ -188,7 +171,7 @@ class SearchKeys(_Keys):
     )
 
 
-class MarginKeys(_Keys):
+class MarginKeys(Section):
     """How much of a metric may be lost, and how sure the test must be that no more was."""
 
     max_drop: float = Field(
@@ -199,7 +182,7 @@ class MarginKeys(_Keys):
     )
 
 
-class KvKeys(_Keys):
+class KvKeys(Section):
     """How a decoder keeps keys and values: in pools of blocks, so many tokens each."""
 
     block_size: Literal[16, 32] = Field(
@@ -207,68 +190,7 @@ class KvKeys(_Keys):
     )
 
 
-class VariantKeys(_Keys):
-    """One precision. An empty variant ({}) is plain float32."""
-
-    float_dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        default="float32",
-        alias="float",
-        description="What stays in floating point has this type.",
-        examples=["float32"],
-    )
-    weights: Literal["int8", "int4", "float8", "stored"] | None = Field(
-        default=None,
-        description="Format of the weights; stored: as a checkpoint that came quantized has them; none for float.",
-        examples=["int8"],
-    )
-    activations: Literal["int8", "float8"] | None = Field(
-        default=None, description="Format that activations are rounded to; none for float.", examples=["int8"]
-    )
-    dynamic: bool = Field(
-        default=False,
-        description="Take activation scales per token at run time, not from calibration.",
-        examples=["true"],
-    )
-    symmetric: bool = Field(
-        default=True,
-        description="Activation zero points are 0, as TensorRT wants; false is more accurate on a CPU.",
-        examples=["false"],
-    )
-    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
-        default=None, description="int4 only: this many inputs share a scale.", examples=["128"]
-    )
-    embeddings: Literal["int8"] | None = Field(
-        default=None, description="Format of the table that tokens are looked up in; none for float.", examples=["int8"]
-    )
-    method: Literal["rtn", "smoothquant", "awq", "gptq"] | None = Field(
-        default=None,
-        description="How weights and scales are found; if not given, smoothquant for static int8, else rtn.",
-        examples=["rtn"],
-    )
-    smoothing: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="smoothquant only: how much moves to the weights; searched for each tensor if not given.",
-        examples=["0.5"],
-    )
-    graphs: Annotated[list[str], AfterValidator(_unique)] | None = Field(
-        default=None,
-        min_length=1,
-        description="Only these graphs get this precision, the others stay float32; default: all.",
-        examples=["[image]"],
-    )
-    keep: list[str] = Field(
-        default_factory=list, description="Glob patterns over node names that stay in float.", examples=['["*pooler*"]']
-    )
-    compute: Annotated[
-        dict[str, Any],
-        AfterValidator(_scalars),
-        WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
-    ] = Field(default_factory=dict, description="Settings that a backend would else choose by itself.", examples=["{}"])
-
-
-class _RecipeKeys(_Keys):
+class _RecipeKeys(Section):
     """The whole file."""
 
     model_config = ConfigDict(title="medcompile recipe")
@@ -321,7 +243,7 @@ class _RecipeKeys(_Keys):
         default=None, description="Goes with optimize: how far to search.", examples=["{confirmations: 3}"]
     )
     kv: KvKeys | None = Field(default=None, description="For the task generate.", examples=["{block_size: 32}"])
-    targets: Annotated[list[TargetName], AfterValidator(_unique)] = Field(
+    targets: Annotated[list[TargetName], AfterValidator(unique)] = Field(
         min_length=1, description="Where the bundle shall run.", examples=["[onnxruntime-cpu]"]
     )
 
@@ -372,7 +294,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         calibration=keys.calibration,
         evaluation=keys.evaluation,
         budget=tuple(Margin(metric, m.max_drop, m.confidence) for metric, m in keys.budget.items()),
-        variants=tuple(_variant(name, v) for name, v in (keys.variants or {}).items()),
+        variants=tuple(variant_of(name, v) for name, v in (keys.variants or {}).items()),
         targets=tuple(keys.targets),
         kv=(keys.kv or KvKeys()) if "generate" in keys.model.tasks else None,
         optimize=keys.optimize,
@@ -397,7 +319,7 @@ def resolved(recipe: Recipe) -> str:
         "optimize": recipe.optimize,
         "tuning": _plain(recipe.tuning) if recipe.tuning else None,
         "search": _plain(recipe.search) if recipe.optimize else None,
-        "variants": {v.name: _variant_plain(v) for v in recipe.variants} or None,
+        "variants": {v.name: variant_plain(v) for v in recipe.variants} or None,
         "kv": _plain(recipe.kv) if recipe.kv else None,
         "targets": list(recipe.targets),
     }
@@ -442,44 +364,6 @@ def _find_manifests(document: Document, recipe: Path) -> dict[str, Path]:
 def _profiles(shapes: Mapping[str, Any]) -> tuple[Profile, ...]:
     named = shapes if all(isinstance(v, dict) for v in shapes.values()) else {"default": shapes}
     return tuple(Profile(n, tuple(Axis(a, *sizes) for a, sizes in axes.items())) for n, axes in named.items())
-
-
-def _variant(name: str, keys: VariantKeys) -> Variant:
-    return Variant(
-        name=name,
-        float_dtype=Precision(keys.float_dtype),
-        weights=Precision(keys.weights) if keys.weights else None,
-        activations=Precision(keys.activations) if keys.activations else None,
-        dynamic=keys.dynamic,
-        symmetric=keys.symmetric,
-        block_size=keys.block_size,
-        embeddings=Precision(keys.embeddings) if keys.embeddings else None,
-        method=recipe_rules.method_of(keys.method, keys.activations, keys.dynamic),
-        smoothing=keys.smoothing,
-        graphs=tuple(keys.graphs or ()),
-        keep=tuple(keys.keep),
-        compute=dict(keys.compute),
-    )
-
-
-def _variant_plain(variant: Variant) -> dict[str, Any]:
-    """A variant's keys as a recipe writes them: those that mean something for it, defaults included."""
-    plain: dict[str, Any] = {"float": str(variant.float_dtype)}
-    if variant.weights is not None:
-        plain |= {"weights": str(variant.weights), "method": variant.method}
-    if variant.activations is not None:
-        plain |= {"activations": str(variant.activations), "dynamic": variant.dynamic}
-        plain |= {} if variant.dynamic else {"symmetric": variant.symmetric}
-    if variant.block_size is not None:
-        plain["block_size"] = variant.block_size
-    if variant.embeddings is not None:
-        plain["embeddings"] = str(variant.embeddings)
-    if variant.smoothing is not None:
-        plain["smoothing"] = variant.smoothing
-    if variant.graphs:
-        plain["graphs"] = list(variant.graphs)
-    compute: dict[str, Scalar] = dict(sorted(variant.compute.items()))
-    return plain | {"keep": list(variant.keep), "compute": compute}
 
 
 def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys | TuningKeys | SearchKeys | KvKeys) -> dict[str, Any]:

@@ -12,15 +12,21 @@ from typing import Any, Literal, get_args
 
 from medcompile import metrics, models
 from medcompile.recipe_yaml import Keys, nearest, shown
+from medcompile.spec import WEIGHT_ONLY_METHODS
 
 Task = Literal["embed", "token-classification", "sequence-classification", "fill-mask", "image", "text", "generate"]
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
-_WEIGHT_ONLY = ("awq", "gptq")
-_CALIBRATED = ("smoothquant", *_WEIGHT_ONLY)
+FLOAT = "float"
+"""What a recipe calls the format of layers that are not quantized."""
 
-_FORMATS_OF_WEIGHTS = ("activations", "dynamic", "symmetric", "block_size", "method", "smoothing")
+_CALIBRATED = ("smoothquant", *WEIGHT_ONLY_METHODS)
+
+_NOT_OF_STORED = (
+    *("activations", "dynamic", "symmetric", "block_size", "method", "smoothing"),
+    *("layers", "clipping", "bias_correction"),
+)
 
 Broken = Iterator[tuple[Keys, str, str]]
 """(way to the value, message, fix) for each rule broken."""
@@ -42,8 +48,9 @@ def broken(value: dict[str, Any]) -> Broken:
     for name, variant in variants.items():
         yield from _variant_checks(("variants", name), variant)
         yield from _graph_checks(("variants", name, "graphs"), variant.get("graphs"), _tasks(model))
-    static = [n for n, v in variants.items() if v.get("activations") and v.get("dynamic") is not True]
-    static += [n for n, v in variants.items() if v.get("method") in _CALIBRATED and n not in static]
+    static = [n for n, v in variants.items() if any(map(_is_static, _forms(v)))]
+    needs = [n for n, v in variants.items() if v.get("method") in _CALIBRATED or v.get("bias_correction") is True]
+    static += [n for n in needs if n not in static]
     calibration = mapping(value, "calibration")
     if static and value.get("calibration") is None:
         yield (
@@ -52,7 +59,7 @@ def broken(value: dict[str, Any]) -> Broken:
             "add calibration: {data: <manifest>}, or dynamic: true to the variant",
         )
     percentile, method = calibration.get("percentile"), calibration.get("method")
-    if percentile is not None and method != "percentile":
+    if percentile is not None and "percentile" not in (method, *(v.get("clipping") for v in variants.values())):
         yield ("calibration", "percentile"), "calibration.percentile goes with method: percentile", "change the method"
     if percentile is None and method == "percentile":
         yield ("calibration", "method"), "calibration.method percentile has no percentile", "add percentile: 99.99"
@@ -85,9 +92,20 @@ def _search_checks(value: dict[str, Any]) -> Broken:
             )
 
 
-def method_of(method: str | None, activations: object, dynamic: object) -> str:
-    """The quantizer of a variant: the one it names, else smoothquant for calibrated activations and rtn otherwise."""
-    return method or ("smoothquant" if activations == "int8" and dynamic is not True else "rtn")
+def method_of(variant: dict[str, Any]) -> str:
+    """The quantizer of a variant: the one it names, else smoothquant for calibrated activations whose clipping is not
+    chosen, and rtn otherwise."""
+    smooth = not variant.get("clipping") and any(_is_static(f) and f["activations"] == "int8" for f in _forms(variant))
+    return variant.get("method") or ("smoothquant" if smooth else "rtn")
+
+
+def _forms(variant: dict[str, Any]) -> list[dict[str, Any]]:
+    """The variant's own format and those of its layers, as mappings; without what is written as `float`."""
+    return [variant, *(layer for layer in mapping(variant, "layers").values() if isinstance(layer, dict))]
+
+
+def _is_static(form: dict[str, Any]) -> bool:
+    return form.get("activations") is not None and form.get("dynamic") is not True
 
 
 def _model_checks(model: dict[str, Any]) -> Broken:
@@ -164,9 +182,8 @@ def _budget_checks(budget: dict[str, Any], model: dict[str, Any]) -> Broken:
 
 
 def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
-    weights, activations = variant.get("weights"), variant.get("activations")
-    label = ".".join(map(str, way))
-    given = [k for k in _FORMATS_OF_WEIGHTS if variant.get(k) not in (None, False, "rtn")]
+    weights, label = variant.get("weights"), ".".join(map(str, way))
+    given = [k for k in _NOT_OF_STORED if variant.get(k) not in (None, False, "rtn", {})]
     if weights == "stored" and given:
         yield (
             (*way, given[0]),
@@ -174,51 +191,91 @@ def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:
             f"remove {', '.join(given)}, or write weights: int8 or int4",
         )
         return
-    if activations is not None and weights is None:
+    yield from _format_checks(way, variant)
+    for pattern, layer in mapping(variant, "layers").items():
+        if isinstance(layer, dict):
+            yield from _format_checks((*way, "layers", pattern), layer)
+    forms = _forms(variant)
+    if variant.get("symmetric") is False and any(form.get("weights") == "float8" for form in forms):
+        yield (*way, "symmetric"), f"{label}: float8 has no zero points that could move", "remove symmetric"
+    if "symmetric" in variant and not any(map(_is_static, forms)):
+        dynamic = any(form.get("dynamic") is True for form in forms)
+        yield (
+            (*way, "symmetric"),
+            f"{label}: symmetric belongs to calibrated activations, and these are dynamic"
+            if dynamic
+            else f"{label}: symmetric is about activations, which stay in float",
+            "remove symmetric",
+        )
+    yield from _method_checks(way, variant)
+    if variant.get("embeddings") is not None and not any(map(_has_weights, forms)):
+        yield (*way, "embeddings"), f"{label} quantizes embeddings but no weights", "add weights: int8"
+
+
+def _has_weights(form: dict[str, Any]) -> bool:
+    return form.get("weights") not in (None, FLOAT)
+
+
+def _format_checks(way: Keys, form: dict[str, Any]) -> Broken:
+    """Of a variant, or of some of its layers: weights, activations, dynamic, block_size."""
+    weights, activations = form.get("weights"), form.get("activations")
+    label = ".".join(map(str, way))
+    if activations is not None and not _has_weights(form):
         yield (*way, "activations"), f"{label} quantizes activations but no weights", "add weights: int8"
     if activations is not None and weights == "int4":
         yield (*way, "activations"), f"{label}: int4 weights go with float activations", "remove activations"
     if "float8" in (weights, activations) and None not in (weights, activations) and weights != activations:
         yield (*way, "activations"), f"{label}: float8 goes with float8", "write float8 for weights and activations"
-    if weights == "float8" and (activations is None or variant.keys() & {"dynamic", "symmetric"}):
+    if weights == "float8" and (activations is None or form.get("dynamic") is True):
         yield (
             (*way, "weights"),
             f"{label}: float8 has one stored scale per tensor, for weights and activations both",
-            "add activations: float8, and leave out dynamic and symmetric",
+            "add activations: float8, and leave out dynamic",
         )
-    if variant.get("dynamic") is True and activations is None:
+    if form.get("dynamic") is True and activations is None:
         yield (
             (*way, "dynamic"),
             f"{label}: dynamic says how activations are quantized, and they are not",
             ("add activations: int8, or remove dynamic"),
         )
-    if variant.get("dynamic") is True and "symmetric" in variant:
-        yield (
-            (*way, "symmetric"),
-            f"{label}: symmetric belongs to calibrated activations, and these are dynamic",
-            "remove symmetric",
-        )
-    elif "symmetric" in variant and activations is None:
-        yield (*way, "symmetric"), f"{label}: symmetric is about activations, which stay in float", "remove symmetric"
-    if variant.get("block_size") is not None and weights != "int4":
+    if form.get("block_size") is not None and weights != "int4":
         yield (
             (*way, "block_size"),
             f"{label}: block_size is for int4 weights; int8 has a scale per channel",
             ("remove block_size, or write weights: int4"),
         )
-    if variant.get("method") == "smoothquant" and activations is None:
+
+
+def _method_checks(way: Keys, variant: dict[str, Any]) -> Broken:
+    """How a variant's numbers are found: method, smoothing, clipping, bias_correction."""
+    forms, label, named = _forms(variant), ".".join(map(str, way)), variant.get("method")
+    if named == "smoothquant" and all(form.get("activations") is None for form in forms):
         yield (*way, "method"), f"{label}: smoothquant eases activations, which stay in float", "write method: rtn"
-    if variant.get("method") in _WEIGHT_ONLY and (weights is None or activations is not None):
+    if named in WEIGHT_ONLY_METHODS and not any(_has_weights(f) and f.get("activations") is None for f in forms):
         yield (
             (*way, "method"),
-            f"{label}: {variant['method']} is for quantized weights under activations that stay in float",
+            f"{label}: {named} is for quantized weights under activations that stay in float",
             "write weights: int4 without activations, or another method",
         )
-    if variant.get("embeddings") is not None and weights is None:
-        yield (*way, "embeddings"), f"{label} quantizes embeddings but no weights", "add weights: int8"
-    method = method_of(variant.get("method"), activations, variant.get("dynamic"))
+    method = method_of(variant)
     if variant.get("smoothing") is not None and method != "smoothquant":
         yield (*way, "smoothing"), f"{label}: smoothing goes with method: smoothquant", "remove smoothing"
+    if variant.get("clipping") is not None and not any(map(_is_static, forms)):
+        yield (
+            (*way, "clipping"),
+            f"{label}: clipping is about activations that calibration measures, and there are none",
+            "remove clipping, or add activations: int8",
+        )
+    elif variant.get("clipping") is not None and method == "smoothquant":
+        yield (
+            (*way, "clipping"),
+            f"{label}: clipping has no say where smoothquant rescales the channels, which then take all that was seen",
+            "write method: rtn, or remove clipping",
+        )
+    if variant.get("bias_correction") is True and any(form.get("weights") == "float8" for form in forms):
+        yield (*way, "bias_correction"), f"{label}: bias_correction is for integer weights", "remove it"
+    elif variant.get("bias_correction") is True and not any(map(_has_weights, forms)):
+        yield (*way, "bias_correction"), f"{label}: bias_correction is for quantized weights", "add weights: int8"
 
 
 def _graph_checks(way: Keys, graphs: object, tasks: list[str]) -> Broken:

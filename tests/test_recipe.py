@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from medcompile import recipe
 from medcompile.errors import Problem, RecipeError
-from medcompile.spec import Axis, Margin, Precision
+from medcompile.spec import Axis, LayerRule, Margin, Precision
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -169,6 +169,17 @@ BAD = {
     "gptq on int8 activations": (("symmetric: false", "method: gptq"), (25, 13), "stay in float", "int4 without activations"),
     "awq on float": (("fp32: {}", "fp32: {method: awq}"), (21, 18), "awq is for quantized weights", "int4"),
     "embeddings alone": (("fp32: {}", "fp32: {embeddings: int8}"), (21, 22), "embeddings but no weights", "int8"),
+    "layers of no format": (("fp32: {}", 'fp32: {layers: {"*": int8}}'), (21, 24), "'int8' is no format of layers", "write float, or {weights: int8}"),
+    "layers without weights": (("fp32: {}", 'fp32: {layers: {"*": {}}}'), (21, 19), "missing key 'weights' in variants.fp32.layers.*", "int8"),
+    "unknown key of layers": (("fp32: {}", 'fp32: {layers: {"*": {weight: int8}}}'), (21, 25), "'weight' in variants.fp32.layers.*. Did you mean 'weights'?", ""),
+    "float layers with activations": (("fp32: {}", 'fp32: {layers: {"*": {weights: float, activations: int8}}}'), (21, 54), "activations but no weights", ""),
+    "int4 layers with activations": (("fp32: {}", 'fp32: {layers: {"*": {weights: int4, activations: int8}}}'), (21, 53), "variants.fp32.layers.*: int4 weights go with float", ""),
+    "stored with layers": (("fp32: {}", 'fp32: {weights: stored, layers: {"*": float}}'), (21, 35), "formats that the checkpoint", "remove layers"),
+    "clipping with smoothquant": (("symmetric: false", "clipping: mse\n    method: smoothquant"), (25, 15), "clipping has no say where", "rtn"),
+    "clipping of float": (("fp32: {}", "fp32: {clipping: mse}"), (21, 20), "and there are none", "activations: int8"),
+    "bias of float": (("fp32: {}", "fp32: {bias_correction: true}"), (21, 27), "is for quantized weights", "int8"),
+    "bias of float8": (("fp32: {}", "fp32: {weights: float8, activations: float8, bias_correction: true}"), (21, 65), "is for integer weights", "remove it"),
+    "asymmetric float8": (("symmetric: false", 'symmetric: false\n    layers: {"*": {weights: float8, activations: float8}}'), (25, 16), "no zero points", "remove symmetric"),
     "smoothing without smoothquant": (("symmetric: false", "smoothing: 0.5\n    method: rtn"), (25, 16), "goes with method: smoothquant", ""),
     "compute with a list": (("fp32: {}", "fp32: {compute: {a: [1]}}"), (21, 19), "a is neither text", ""),
     "no calibration": (("calibration:\n  data: notes\n  samples: 64\n  method: mse\n", ""), (1, 1), "variants.int8 needs statistics", "dynamic: true"),
@@ -334,6 +345,69 @@ def test_a_stored_variant_resolves_to_an_equal_one(folder: Path) -> None:
     assert loaded.variant("fp32").weights == "stored"
     assert not loaded.variant("fp32").needs_statistics
     assert recipe.load(write(folder, recipe.resolved(loaded))) == loaded
+
+
+MIXED = """\
+  mixed:
+    weights: int8
+    activations: int8
+    symmetric: false
+    bias_correction: true
+    layers:
+      "*.layer.0.*": float
+      "*output.dense": {weights: int4, block_size: 32}
+      "*": {weights: int8, activations: int8, dynamic: true}
+  some: {layers: {"*query": {weights: int8, activations: int8}}}
+  clipped: {weights: int8, activations: int8, clipping: percentile}
+  blocks: {weights: int4, block_size: 64, method: gptq, layers: {"lm_head": {weights: int8, activations: int8}}}
+  fp8: {weights: float8, activations: float8}
+targets:"""
+
+
+def test_layers_have_formats_of_their_own_in_the_order_that_they_are_written(folder: Path) -> None:
+    loaded = recipe.load(write(folder, GOOD.replace("targets:", MIXED)))
+    mixed = loaded.variant("mixed")
+    assert mixed.bias_correction
+    assert mixed.layers == (
+        LayerRule("*.layer.0.*"),
+        LayerRule("*output.dense", Precision.INT4, block_size=32),
+        LayerRule("*", Precision.INT8, Precision.INT8, dynamic=True),
+    )
+    assert [loaded.variant(n).method for n in ("mixed", "some", "clipped", "blocks")] == [
+        "smoothquant",
+        "smoothquant",
+        "rtn",
+        "gptq",
+    ]
+    assert loaded.variant("clipped").clipping == "percentile"
+    assert recipe.load(write(folder, recipe.resolved(loaded))) == loaded
+    validator = jsonschema.Draft202012Validator(recipe.json_schema())
+    assert validator.is_valid(yaml.safe_load(GOOD.replace("targets:", MIXED)))
+    assert not validator.is_valid(yaml.safe_load(GOOD.replace("targets:", MIXED.replace('0.*": float', '0.*": fp32'))))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "{layers: {'*': {weights: int8, activations: int8}}}",
+        "{weights: int8, bias_correction: true}",
+        "{weights: int8, layers: {'*': {weights: int8, activations: int8}}}",
+    ],
+)
+def test_whatever_needs_statistics_needs_calibration(variant: str, folder: Path) -> None:
+    text = GOOD.replace("calibration:\n  data: notes\n  samples: 64\n  method: mse\n", "")
+    text = text[: text.index("  int8:\n")] + f"  x: {variant}\n" + text[text.index("targets:") :]
+    (problem,) = problems(folder, text)
+    assert "variants.x needs statistics" in problem.message
+    kept = recipe.load(write(folder, text.replace(variant, "{layers: {'*': {weights: int4, block_size: 32}}}")))
+    assert not kept.variant("x").needs_statistics
+
+
+def test_a_percentile_may_be_for_a_variants_clipping(folder: Path) -> None:
+    text = GOOD.replace("method: mse", "percentile: 99.9")
+    assert "goes with method: percentile" in problems(folder, text)[0].message
+    loaded = recipe.load(write(folder, text.replace("targets:", MIXED)))
+    assert loaded.calibration is not None and loaded.calibration.percentile == 99.9
 
 
 def test_resolved_text_has_every_default_and_loads_to_an_equal_recipe(folder: Path) -> None:
