@@ -197,11 +197,12 @@ class Host:
         return {"ns": took, "cpu_ns": time.process_time_ns() - cpu, "first_ns": firsts, "steps_ns": steps}
 
     def answers(self, path: str) -> dict[str, Any]:
-        """Write what the runs of this cell answered, by batch; say how much memory the cell took."""
+        """Write what the runs of this cell answered, by batch; say what memory the cell took and what was decided."""
         write_answers(Path(path), self._answers)
         gpu = self._machine.nvml()
         used = max(0, gpu.used_bytes() - self._gpu_before) if gpu and self._peer.device == "cuda" else None
-        return {"peak_bytes": self._machine.rss_bytes(peak=True), "gpu_bytes": used}
+        notes = dict(self._runner.notes) if self._runner else {}
+        return {"peak_bytes": self._machine.rss_bytes(peak=True), "gpu_bytes": used, "notes": notes}
 
     def close(self) -> None:
         if self._runner is not None:

@@ -1,0 +1,99 @@
+"""Accuracy beside speed: a contender's answers against the reference's, from the very runs that were timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medcompile.bench.peer import Array
+from medcompile.bench.results import Accuracy
+
+VECTORS = ("embed", "image", "text")
+WORST_COSINE = 0.9
+LEAST_AGREEMENT = 0.9
+"""Below either, answers are called wrong: no budget of a medical model is as wide as that."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one contender answered in one cell. values: by batch; spans: by batch, a list of spans for each item."""
+
+    values: Mapping[int, Array]
+    spans: Mapping[int, list[list[tuple[int, int, str]]]]
+
+
+def read(path: Path) -> Answers:
+    """What the contender's process wrote (worker.write_answers)."""
+    with np.load(path, allow_pickle=False) as held:
+        arrays = {name: held[name] for name in held.files}
+    values = {int(n.removeprefix("values-")): a for n, a in arrays.items() if n.startswith("values-")}
+    spans: dict[int, Any] = {}
+    for name, raw in arrays.items():
+        if name.startswith("spans-"):
+            found = json.loads(raw.tobytes())
+            spans[int(name.removeprefix("spans-"))] = [[(a, b, str(label)) for a, b, label in item] for item in found]
+    return Answers(values, spans)
+
+
+def judge(task: str, own: Answers, reference: Answers, masks: Mapping[int, Array]) -> Accuracy:
+    """own against reference on the batches that both answered.
+
+    masks: by batch, which positions are tokens, [batch, sequence]; used where the answers have a label for each.
+    """
+    if own.spans or reference.spans:
+        return _of_spans(own, reference)
+    shared = sorted(set(own.values) & set(reference.values))
+    items = sum(len(own.values[k]) for k in shared)
+    if not shared:
+        return Accuracy(0, wrong="nothing was answered that the reference answered")
+    pairs = [(own.values[k], reference.values[k], masks.get(k)) for k in shared]
+    for a, b, _ in pairs:
+        if a.shape != b.shape:
+            return Accuracy(items, wrong=f"answers of shape {list(a.shape)}; the reference's are {list(b.shape)}")
+        if not np.isfinite(a).all():
+            return Accuracy(items, wrong="answers hold NaN or infinite values")
+    if task in VECTORS:
+        cosines = np.concatenate([_cosines(a, b) for a, b, _ in pairs])
+        worst = float(cosines.min())
+        wrong = f"worst cosine {worst:.3f}" if worst < WORST_COSINE else ""
+        return Accuracy(items, cosine_mean=float(cosines.mean()), cosine_worst=worst, wrong=wrong)
+    same = np.concatenate([_same(task, a, b, mask) for a, b, mask in pairs])
+    return _agreed(items, float(same.mean()))
+
+
+def _agreed(items: int, agreement: float) -> Accuracy:
+    wrong = f"agreement {agreement:.3f}" if agreement < LEAST_AGREEMENT else ""
+    return Accuracy(items, agreement=agreement, wrong=wrong)
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    """Of the rows of two [n, d] arrays, in float64."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return np.asarray((x * y).sum(axis=1) / np.maximum(lengths, 1e-30))
+
+
+def _same(task: str, a: Array, b: Array, mask: Array | None) -> Array:
+    """Which decisions are the same, as numbers: labels by argmax; of generated tokens, the share of each row before the
+    first that differs (after it the two write different texts)."""
+    if task == "generate":
+        differs = np.concatenate([a != b, np.ones((len(a), 1), bool)], axis=1)
+        return np.asarray(differs.argmax(axis=1) / max(a.shape[1], 1))
+    same = a.argmax(axis=-1) == b.argmax(axis=-1)
+    if mask is not None and mask.shape == same.shape:
+        same = same[mask.astype(bool)]
+    return same.ravel().astype(np.float64)
+
+
+def _of_spans(own: Answers, reference: Answers) -> Accuracy:
+    shared = sorted(set(own.spans) & set(reference.spans))
+    found = {(k, i, span) for k in shared for i, item in enumerate(own.spans[k]) for span in item}
+    wanted = {(k, i, span) for k in shared for i, item in enumerate(reference.spans[k]) for span in item}
+    items = sum(len(own.spans[k]) for k in shared)
+    total = len(found) + len(wanted)
+    return _agreed(items, 2 * len(found & wanted) / total if total else 1.0)
