@@ -34,15 +34,18 @@ class Made:
         return {f"{base}/{file.relative_to(self.files).as_posix()}": file for file in found}
 
 
+Trials = Mapping[str, tuple[str, Callable[[], Trial]]]
+"""By graph, a key over all that decides the judgement of its artifacts, and how to come by it."""
+
+
 @dataclass
 class Lowering:
-    """Lowers variants for targets. trials: by graph, a key over all that decides the judgement and how to come by it;
-    None judges nothing. skipped: what a target refused, with the reason and the fix."""
+    """Lowers variants for targets. trials: None judges nothing. skipped: what a target refused, with reason and fix."""
 
     steps: Steps
     graphs: Mapping[str, GraphSpec]
     budget: Sequence[Margin]
-    trials: Mapping[str, tuple[str, Callable[[], Trial]]] | None
+    trials: Trials | None
     skipped: list[dict[str, str]] = field(default_factory=list)
 
     def variant(self, variant: Variant, targets: Sequence[Target], typed: Step, *, needed: bool = True) -> list[Made]:

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +23,23 @@ from medcompile import (
     bundle,
     cache,
     data,
+    doctor,
     exams,
     manifest,
     models,
     recipe,
+    report,
+    search,
     sources,
     verify,
 )
-from medcompile.artifacts import Lowering, Made
+from medcompile.artifacts import Lowering, Made, Trials
 from medcompile.bundle import Bundle
-from medcompile.errors import BackendUnavailable, BundleError, UsageError
+from medcompile.errors import BackendUnavailable, BundleError, DataError, UsageError
 from medcompile.models import ModelOptions
 from medcompile.passes.calibrate import Calibrate
 from medcompile.passes.cast import Cast
+from medcompile.passes.clipping import Clipping, clippings
 from medcompile.passes.export import VERSION as EXPORT_VERSION
 from medcompile.passes.export import export
 from medcompile.passes.layers import layers
@@ -44,8 +48,10 @@ from medcompile.passes.sensitivity import Sensitivity, sensitivity
 from medcompile.passes.simplify import Simplify
 from medcompile.program import Context, Progress, Silent
 from medcompile.run_onnx import run_onnx
-from medcompile.spec import GraphSpec, Target, Variant
+from medcompile.search import record
+from medcompile.spec import GraphSpec, Margin, Target, Variant
 from medcompile.steps import Step, Steps
+from medcompile.workshop import Found, Workshop
 
 if TYPE_CHECKING:
     from medcompile.program import Feeds
@@ -84,6 +90,15 @@ def build(
         ) from error
 
 
+@dataclass(frozen=True)
+class Datasets:
+    """The data of a build by role. tuning: what a search sees; evaluation: the final test's."""
+
+    calibration: data.Dataset | None
+    tuning: data.Dataset | None
+    evaluation: data.Dataset
+
+
 @dataclass
 class _Build:
     """One build. Each step is a method; it returns what it made, fresh or from the cache."""
@@ -96,25 +111,49 @@ class _Build:
     allow_phi: bool
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
-    references: dict[str, Step] = field(default_factory=dict)
+    references: dict[tuple[str, str], Step] = field(default_factory=dict)
 
     def run(self, out: Path) -> Bundle:
         self.datasets  # noqa: B018  the cheap ways to fail come first
         targets = self.targets()
         with bundle.Writer(out) as writer:
             for task in self.options.tasks:
-                self.exam(task)  # data that can't judge the model is told before anything is built
-            lowered = {v.name: self.lowered(v) for v in self.job.variants}
-            trials = {task: self.trial(task, self.reference(task)) for task in self.options.tasks}
-            lowering = Lowering(self.steps, self.graphs, self.job.budget, trials)
-            made = [m for v in self.job.variants for m in lowering.variant(v, targets, lowered[v.name])]
+                for dataset in (self.datasets.evaluation, self.datasets.tuning):
+                    if dataset is not None:
+                        self.exam(task, dataset)  # data that can't judge the model is told before anything is built
+            found = self.searched(targets) if self.job.optimize else Found(self.job.variants, self.job.budget)
+            lowered = {v.name: self.lowered(v) for v in found.variants}
+            lowering = Lowering(
+                self.steps, self.graphs, found.budget, self.trials(self.datasets.evaluation, found.budget)
+            )
+            made = [m for v in found.variants for m in lowering.variant(v, found.targets(v, targets), lowered[v.name])]
             for note in lowering.notes():
                 self.note(note)
-            finished = self.write(writer, made, lowered, lowering.skipped)
+            finished = self.write(writer, made, lowered, lowering.skipped, found)
         if not budget.is_kept(finished):
             missed = budget.closest(finished)
             raise budget.over_budget(finished, missed, self.sensitivity(missed) if missed else {})
         return finished
+
+    def searched(self, targets: Sequence[Target]) -> Found:
+        """What optimize finds: float32, and for each target the variant that its search confirmed."""
+        job = self.job
+        assert job.optimize is not None and self.datasets.tuning is not None
+        margins = search.at_looks(job.budget, job.search.confirmations)
+        shop = Workshop(
+            steps=self.steps,
+            graphs=self.graphs,
+            margins=margins,
+            program=self.calibrated,
+            lowered=self.lowered,
+            quantize=self.quantize,
+            batches=self.batches,
+            tuning=self.trials(self.datasets.tuning, margins),
+            acceptance=self.trials(self.datasets.evaluation, margins),
+            progress=self.progress,
+        )
+        sizes = [len(d.items) for d in (self.datasets.evaluation, self.datasets.tuning)]
+        return shop.search(job, targets, growth=sizes[0] / sizes[1])
 
     # ---- what is built from
 
@@ -153,17 +192,27 @@ class _Build:
         return {t: self.family.graph_spec(self.checkpoint, t, self.options) for t in self.options.tasks}
 
     @cached_property
-    def datasets(self) -> tuple[data.Dataset | None, data.Dataset]:
-        """Calibration and evaluation data, disjoint."""
-        evaluation = self._dataset(self.job.evaluation.data, self.job.evaluation.samples)
-        wanted = self.job.calibration
-        if wanted is None:
-            return None, evaluation
-        sets = [self._dataset(name, wanted.samples) for name in wanted.data]
-        calibration, dropped = data.without_overlap(data.joined(sets), evaluation)
+    def datasets(self) -> Datasets:
+        """The data of each role, disjoint."""
+        job = self.job
+        evaluation = self._dataset(job.evaluation.data, job.evaluation.samples)
+        tuning = calibration = None
+        if job.tuning is not None:
+            tuning = self._dataset(job.tuning.data, job.tuning.samples)
+            _check_roles(evaluation, tuning)
+            tuning = self._apart(tuning, evaluation, "tuning", "evaluation")
+        if job.calibration is not None:
+            sets = [self._dataset(name, job.calibration.samples) for name in job.calibration.data]
+            calibration = self._apart(data.joined(sets), evaluation, "calibration", "evaluation")
+            if tuning is not None:
+                calibration = self._apart(calibration, tuning, "calibration", "tuning")
+        return Datasets(calibration, tuning, evaluation)
+
+    def _apart(self, dataset: data.Dataset, judged: data.Dataset, role: str, other: str) -> data.Dataset:
+        kept, dropped = data.without_overlap(dataset, judged)
         if dropped:
-            self.note(f"{dropped} calibration items also stand in the evaluation data and were left out")
-        return calibration, evaluation
+            self.note(f"{dropped} {role} items also stand in the {other} data and were left out")
+        return kept
 
     def _dataset(self, name: str, limit: int | None) -> data.Dataset:
         return data.read(data.load_manifest(self.job.manifests[name]), limit=limit, allow_phi=self.allow_phi)
@@ -223,11 +272,12 @@ class _Build:
     def exam(self, graph: str, dataset: data.Dataset | None = None) -> exams.Exam:
         """The graph's exam on the evaluation data, or on other data."""
         assets = self.assets.folder / "assets"
-        return exams.of(graph, exams.Setting(self.graphs, assets, dataset or self.datasets[1], self.kept))
+        judged = dataset or self.datasets.evaluation
+        return exams.of(graph, exams.Setting(self.graphs, assets, judged, lambda other: self.kept(other, judged)))
 
-    def kept(self, graph: str) -> Path:
-        """The reference's answers to the graph's exam."""
-        return self.reference(graph).folder / f"{graph}.npz"
+    def kept(self, graph: str, dataset: data.Dataset) -> Path:
+        """The reference's answers to the graph's exam on that data."""
+        return self.reference(graph, dataset).folder / f"{graph}.npz"
 
     def lowered(self, variant: Variant) -> Step:
         """The variant's typed graphs."""
@@ -241,11 +291,11 @@ class _Build:
 
     @cached_property
     def calibrated(self) -> Step:
-        calibration, _ = self.datasets
+        calibration = self.datasets.calibration
         parts = (calibration.digest if calibration else "", self.batch, self.assets.key)
         versions = _versions("onnxruntime", "numpy")
         static = [v for v in self.job.variants if v.needs_statistics]
-        graphs = tuple(g for g in self.graphs if any(v.on(g).needs_statistics for v in static))
+        graphs = tuple(g for g in self.graphs if self.job.optimize or any(v.on(g).needs_statistics for v in static))
         return self.steps.run_pass(Calibrate(graphs), self.simplified, versions, self.batches, parts=parts)
 
     @property
@@ -263,35 +313,34 @@ class _Build:
 
     def batches(self, graph: str) -> Iterator[Feeds]:
         """Calibration feeds, a batch at a time; of the evaluation data where the recipe has no other."""
-        return self.exam(graph, self.datasets[0]).feeds(self.batch)
+        return self.exam(graph, self.datasets.calibration).feeds(self.batch)
 
     def sensitivity(self, variant: Variant) -> dict[str, tuple[Sensitivity, ...]]:
         """By graph, which layers the variant hurts most. Asked only where it is over budget."""
         before = self.calibrated if variant.needs_statistics else self.simplified
-        calibration, evaluation = self.datasets
+        calibrated_on = self.datasets.calibration or self.datasets.evaluation
 
         def fill(folder: Path) -> None:
             context = Context(folder, self.progress, variant, self.batches, run_onnx)
             ranked = sensitivity(cache.read_program(before.folder), context, self.quantize, batches=1)
             (folder / "ranked.json").write_text(json.dumps(manifest.encode(ranked)), encoding="utf-8")
 
-        parts = (before.key, self.quantize, variant, (calibration or evaluation).digest, self.batch, __version__)
+        parts = (before.key, self.quantize, variant, calibrated_on.digest, self.batch, __version__)
         step = self.steps.run(f"sensitivity {variant.name}", cache.key("sensitivity", *parts), fill)
         ranked = json.loads((step.folder / "ranked.json").read_text(encoding="utf-8"))
         return {g: tuple(manifest.decode(Sensitivity, s, g) for s in found) for g, found in ranked.items()}
 
-    def reference(self, task: str) -> Step:
+    def reference(self, task: str, dataset: data.Dataset) -> Step:
         """The answers of the original torch model in fp32."""
-        if task not in self.references:
-            self.references[task] = self._reference(task)
-        return self.references[task]
+        if (task, dataset.digest) not in self.references:
+            self.references[task, dataset.digest] = self._reference(task, dataset)
+        return self.references[task, dataset.digest]
 
-    def _reference(self, task: str) -> Step:
-        _, evaluation = self.datasets
-        parts = (self.source_key, task, evaluation.digest, self.assets.key, _versions("torch", "transformers", "timm"))
+    def _reference(self, task: str, dataset: data.Dataset) -> Step:
+        parts = (self.source_key, task, dataset.digest, self.assets.key, _versions("torch", "transformers", "timm"))
 
         def fill(folder: Path) -> None:
-            exam = self.exam(task)
+            exam = self.exam(task, dataset)
             with ExitStack() as opened:
                 executors = {
                     graph: opened.enter_context(self.family.reference(self.checkpoint, graph, self.options))
@@ -299,11 +348,17 @@ class _Build:
                 }
                 verify.write_reference(folder / f"{task}.npz", exam, exam.answers(executors))
 
-        return self.steps.run(f"reference {task}", cache.key("reference", _REFERENCE_VERSION, *parts), fill)
+        name = f"reference {task}" + (" for tuning" if dataset is self.datasets.tuning else "")
+        return self.steps.run(name, cache.key("reference", _REFERENCE_VERSION, *parts), fill)
 
-    def trial(self, task: str, reference: Step) -> tuple[str, Callable[[], verify.Trial]]:
-        """What the task's artifacts are judged by, and the key over all that decides it."""
-        return reference.key, lambda: verify.Trial.of(self.exam(task), self.kept(task), self.job.budget)
+    def trials(self, dataset: data.Dataset, margins: Sequence[Margin]) -> Trials:
+        """By task, what artifacts are judged by on that data, and the key over all that decides it."""
+
+        def trial(task: str) -> tuple[str, Callable[[], verify.Trial]]:
+            key = self.reference(task, dataset).key
+            return key, lambda: verify.Trial.of(self.exam(task, dataset), self.kept(task, dataset), margins)
+
+        return {task: trial(task) for task in self.options.tasks}
 
     # ---- the end
 
@@ -313,6 +368,7 @@ class _Build:
         made: Sequence[Made],
         lowered: Mapping[str, Step],
         skipped: Sequence[Mapping[str, str]],
+        found: Found,
     ) -> Bundle:
         for variant, step in lowered.items():
             for file in [*sorted(step.folder.glob("*.onnx")), step.folder / "weights.bin"]:
@@ -324,40 +380,62 @@ class _Build:
             assets[file.stem] = f"assets/{file.name}"
             shutil.copyfile(file, writer.path(assets[file.stem]))
         for task in self.options.tasks:
-            shutil.copyfile(self.kept(task), writer.path(f"reference/{task}.npz"))
+            shutil.copyfile(self.kept(task, self.datasets.evaluation), writer.path(f"reference/{task}.npz"))
         writer.path("recipe.resolved.yaml").write_text(recipe.resolved(self.job), encoding="utf-8")
+        if found.searches:
+            # The same bundle without a search: what was found, as if it had been written by hand.
+            fixed = replace(self.job, optimize=None, tuning=None, variants=tuple(found.variants))
+            writer.path("recipe.found.yaml").write_text(recipe.resolved(fixed), encoding="utf-8")
+            record.write(writer.path(record.FILE), found.searches)
         table = {v: self.layers(step) for v, step in lowered.items()}
         writer.path("layers.json").write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if ranges := self.clipping(found.variants, lowered):
+            text = json.dumps(manifest.encode(ranges), indent=1, sort_keys=True) + "\n"
+            writer.path(report.CALIBRATION).write_text(text, encoding="utf-8")
         artifacts = tuple(m.artifact for m in made)
-        writer.path(bundle.EVIDENCE).write_text(bundle.evidence_text(artifacts), encoding="utf-8")
         return writer.commit(
             bundle.Contents(
                 name=self.job.name,
                 family=self.family.name,
                 tasks=self.options.tasks,
                 graphs=self.graphs,
-                variants={v.name: v for v in self.job.variants},
+                variants={v.name: v for v in found.variants},
                 artifacts=artifacts,
-                budget=self.job.budget,
+                budget=tuple(found.budget),
                 assets=assets,
                 provenance=self.provenance() | {"skipped": list(skipped)},
-            )
+            ),
+            report.texts,
         )
 
     def layers(self, lowered: Step) -> dict[str, list[dict[str, str]]]:
         program = cache.read_program(lowered.folder)
         return {name: layers(graph.model) for name, graph in program.graphs.items()}
 
+    def clipping(
+        self, variants: Sequence[Variant], lowered: Mapping[str, Step]
+    ) -> dict[str, dict[str, list[Clipping]]]:
+        """By variant and graph, where stored ranges cut what calibration saw; of variants that have any."""
+        static = [v for v in variants if any(f.activations is not None and not f.dynamic for f in v.forms)]
+        seen = cache.read_program(self.calibrated.folder).statistics if static else {}
+        graphs = {v.name: cache.read_program(lowered[v.name].folder).graphs for v in static}
+        return {
+            v.name: {g: clippings(graph.model, seen.get(g, {}), v) for g, graph in graphs[v.name].items()}
+            for v in static
+        }
+
     def provenance(self) -> dict[str, Any]:
         """Where everything came from, by digest: enough to build the same again, and no word of the data."""
-        calibration, evaluation = self.datasets
         return {
             "source": self.checkpoint.source,
             "revision": self.checkpoint.revision or "",
             "source_files": dict(self.checkpoint.files),
             "recipe_sha256": recipe.digest(self.job),
-            "calibration": _described(calibration),
-            "evaluation": _described(evaluation),
+            "calibration": _described(self.datasets.calibration),
+            "tuning": _described(self.datasets.tuning),
+            "evaluation": _described(self.datasets.evaluation),
+            "shared_items": data.shared_items([d for d in vars(self.datasets).values() if d is not None]),
+            "machine": doctor.machine(),
             "versions": {"medcompile": __version__} | _versions(*_COMPILER_LIBRARIES, "onnxruntime", "openvino"),
             "skipped_targets": self.skipped,
             "notes": self.notes,
@@ -378,6 +456,21 @@ def _versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _check_roles(evaluation: data.Dataset, tuning: data.Dataset) -> None:
+    """What a search looks at many times can't be what it is accepted by. Raises DataError by what the manifests say."""
+    if evaluation.role != "acceptance":
+        raise DataError(
+            f"{evaluation.name} has the role {evaluation.role}; what optimize finds is accepted on other data than it "
+            "was tuned on",
+            fix="name data under evaluation whose manifest says role: acceptance, and that no search has seen",
+        )
+    if tuning.role == "acceptance":
+        raise DataError(
+            f"{tuning.name} has the role acceptance, and tuning would look at it many times",
+            fix="name other data under tuning, or, if it is not kept for acceptance, write role: tuning",
+        )
 
 
 def _described(dataset: data.Dataset | None) -> dict[str, Any] | None:

@@ -101,6 +101,21 @@ class DecoderBackend(Backend, Protocol):
         ...
 
 
+@runtime_checkable
+class FloatsBackend(Backend, Protocol):
+    """A backend that computes floats in more than one format, by a variant's compute.float."""
+
+    def floats(self) -> tuple[str, ...]:
+        """The formats that this machine has for it, the fastest first."""
+        ...
+
+
+def floats(target: Target) -> tuple[str, ...]:
+    """What the target can compute floats in by compute.float, the fastest first: float32 alone for most backends."""
+    backend = get(target.backend)
+    return backend.floats() if isinstance(backend, FloatsBackend) else ("float32",)
+
+
 def load_decoder(backend: Backend, path: Path, variant: Variant, threads: int | None, blocks: int) -> StepModel:
     """The decoder at path. Raises BackendUnavailable if the backend runs none."""
     if not isinstance(backend, DecoderBackend):

@@ -4,8 +4,8 @@ build() stores the typed graph as OpenVINO's own files (model.xml, model.bin), w
 the library would else decide by itself is named in the variant's compute settings:
 
     float          float32 (unless said), bfloat16 or float16: what floats are computed in
-    dynamic_group  inputs that share a scale where activations are rounded at run time: 128 for dynamic variants and
-                   0, which is never, for others (unless said)
+    dynamic_group  inputs that share a scale where activations are rounded at run time: 128 for variants with dynamic
+                   layers and 0, which is never, for others (unless said); it is for a whole graph
     streams        1 (unless said): how many requests run side by side, sharing the threads
     kv             of decoders: what keys and values are kept in (_openvino_paged.py)
 """
@@ -50,6 +50,11 @@ class OpenVinoBackend:
         version = _library().get_version().partition("-")[0]
         return Target(target, self.name, "cpu", platform.machine(), platform.system().lower(), version)
 
+    def floats(self) -> tuple[str, ...]:
+        """Of bfloat16 and float32 what this CPU has; float16, which most emulate, is left to those who ask for it."""
+        has = _library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return tuple(name for name in ("bfloat16", "float32") if _FLOATS[name][1] in has)
+
     def build(self, onnx_path: Path, spec: GraphSpec, variant: Variant, target: Target, out: Path) -> Built:
         """Write out/model.xml and out/model.bin, which fit any CPU that OpenVINO runs on, and what it compiled here.
 
@@ -65,14 +70,12 @@ class OpenVinoBackend:
         openvino, settings = _library(), _settings(variant)
         notes = [f"{name}={value}" for name, value in settings.items()]
         with tempfile.TemporaryDirectory(dir=out) as scratch:
-            if variant.dynamic:
+            if variant.any_dynamic:
                 graph = onnx_files.load(onnx_path)
                 count = dialect.rewrite(graph)
                 onnx_files.save({spec.name: graph}, Path(scratch))
                 onnx_path = Path(scratch) / f"{spec.name}.onnx"
-                notes.append(
-                    f"{count} products round activations per token and dynamic_group, the typed graph per token"
-                )
+                notes += dialect.told(count, variant)
             try:
                 model = openvino.Core().read_model(onnx_path)
                 # Nameless constants are numbered through the life of the process; the file must not tell its age.
@@ -233,7 +236,7 @@ def _library() -> Any:
 
 def _settings(variant: Variant) -> dict[str, Scalar]:
     """Every setting of this backend, as the variant names it or as the text above says."""
-    settings: dict[str, Scalar] = {"float": "float32", "dynamic_group": 128 if variant.dynamic else 0, "streams": 1}
+    settings: dict[str, Scalar] = {"float": "float32", "dynamic_group": 128 if variant.any_dynamic else 0, "streams": 1}
     settings.update((name, value) for name, value in variant.compute.items() if name in settings)
     if settings["float"] not in _FLOATS:
         raise BackendError(

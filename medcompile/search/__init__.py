@@ -109,8 +109,12 @@ class _Line:
 
 @dataclass
 class Searcher:
-    """One search. margins: as each look needs them. growth: acceptance items for one tuning item. most_points: how many
-    points may be judged on the tuning data. told: what progress and decisions are told to, a line each."""
+    """One search.
+
+    variant: the name that what is found has in the bundle; every point has it, so that none is made twice. reference:
+    the yardstick's name. growth: acceptance items for one tuning item. most_points: how many points may be judged on
+    the tuning data. told: what progress and decisions are told to, a line each.
+    """
 
     bench: Workbench
     target: str
@@ -120,8 +124,9 @@ class Searcher:
     growth: float
     most_points: int
     told: Callable[[str], None]
+    variant: str
+    reference: str
     elsewhere: CostModel | None = None
-    reference: str = ""
     tried: dict[str, _Tried] = field(default_factory=dict)
     looks: list[Look] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -145,7 +150,7 @@ class Searcher:
             looks=tuple(self.looks),
             most_looks=self.most_looks,
             chosen=chosen.point.name if chosen else "",
-            variant="",
+            variant=self.variant if self.looks else "",
             seconds=round(time.perf_counter() - started, 1),
             notes=tuple(self.notes),
         )
@@ -267,7 +272,7 @@ class Searcher:
             self.note(f"{name} is not judged: {self.most_points} points are the most (search.points)")
             return known
         self.told(f"{name} (point {len(self.tried) + (known is None)}; {judged} of at most {self.most_points} judged)")
-        variant = menu.mixture(slug(name), assignment, ways)
+        variant = menu.mixture(self.variant, assignment, ways)
         shares = self._shares(assignment)
         try:
             cost = sum(self.bench.cost(variant).values()) if self.bench.here or self.objective == "size" else None
@@ -395,11 +400,6 @@ def told_way(variant: Variant) -> str:
     """How a variant's numbers are found, in words: `smoothquant`, `rtn, percentile, bias correction`."""
     clipping = f", {variant.clipping}" if variant.clipping else ""
     return f"{variant.method}{clipping}{', bias correction' if variant.bias_correction else ''}"
-
-
-def slug(name: str) -> str:
-    """A point's name as a variant's: a-z, 0-9, . _ - alone."""
-    return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in name.lower()).split())
 
 
 def _cost(tried: _Tried) -> float:

@@ -89,8 +89,9 @@ class Search:
     """A search for one target.
 
     basis: how costs came about: `measured on this machine`, or which cost model. chosen: a point's name; empty where
-    none was confirmed. variant: the name that it has in the bundle. most_looks: how many looks at the acceptance data
-    were allowed, whether or not they were taken. seconds: of the search, without what the cache had already.
+    none was confirmed. variant: the name in the bundle of that point, or of the one looked at last; empty where no look
+    was taken. most_looks: how many looks at the acceptance data were allowed, whether or not they were taken. seconds:
+    of the search, without what the cache had already.
     """
 
     target: str

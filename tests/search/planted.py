@@ -1,0 +1,101 @@
+"""A bench whose layers have known errors and costs, so that a search can be checked without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from medcompile.errors import BackendError
+from medcompile.metrics import Predictions, evaluate
+from medcompile.search import Searcher, at_looks
+from medcompile.search.cost import FLOAT, CostModel
+from medcompile.search.line import Group
+from medcompile.search.menu import Menu, format_of
+from medcompile.spec import Evidence, Margin, Precision, Variant
+
+INT8 = Variant("int8", weights=Precision.INT8, activations=Precision.INT8, dynamic=True)
+WEIGHTS = Variant("int8-weights", weights=Precision.INT8)
+MENU = Menu("float32", Variant(FLOAT), {"int8": (INT8,), "int8-weights": (WEIGHTS,)})
+
+
+@dataclass
+class PlantedBench:
+    """A classifier of `layers` layers. errors: by layer, what int8 does to the outputs; weights alone do a tenth of it.
+
+    True accuracy falls by the root of the summed squares of the layers' errors. Costs are exact: a float layer costs 1,
+    int8 a half, weights alone .8, and all else 2.
+    """
+
+    errors_of: Mapping[str, float]
+    items: Mapping[str, int] = field(default_factory=lambda: {"tuning": 2000, "acceptance": 2000})
+    margins: tuple[Margin, ...] = (Margin("accuracy", 0.02),)
+    here: bool = True
+    refused: tuple[str, ...] = ()
+    seed: int = 0
+    judged: list[str] = field(default_factory=list)
+
+    def groups(self) -> Mapping[Group, Mapping[str, float]]:
+        return {(f"{name}/MatMul",): {"classify": 100.0} for name in self.errors_of}
+
+    def format(self, name: str, variant: Variant) -> str:
+        own = variant.for_node(f"{name}/MatMul")
+        return {"float": FLOAT, "int8-dynamic": "int8", "int8-weights": "int8-weights"}[format_of(own)]
+
+    def cost(self, variant: Variant) -> Mapping[str, float]:
+        formats = [self.format(name, variant) for name in self.errors_of]
+        if any(f in self.refused for f in formats):
+            raise BackendError("no such kernel", fix="none")
+        return {"classify": 2.0 + sum({FLOAT: 1.0, "int8": 0.5, "int8-weights": 0.8}[f] for f in formats)}
+
+    def size(self, variant: Variant) -> int:
+        return 1000
+
+    def error(self, variant: Variant) -> float:
+        return float(sum(self._alone(n, self.format(n, variant)) ** 2 for n in self.errors_of) ** 0.5)
+
+    def errors(self, formats: Mapping[str, Variant]) -> Mapping[Group, Mapping[str, float]]:
+        return {(f"{n}/MatMul",): {f: self._alone(n, f) for f in formats} for n in self.errors_of}
+
+    def _alone(self, name: str, format_: str) -> float:
+        return {FLOAT: 0.0, "int8": 1.0, "int8-weights": 0.1}[format_] * self.errors_of[name]
+
+    def tuning(self, variant: Variant) -> tuple[Evidence, ...]:
+        return self._judged("tuning", variant)
+
+    def acceptance(self, variant: Variant) -> tuple[Evidence, ...]:
+        return self._judged("acceptance", variant)
+
+    def drop(self, variant: Variant) -> float:
+        """The true loss of accuracy."""
+        return self.error(variant)
+
+    def _judged(self, role: str, variant: Variant) -> tuple[Evidence, ...]:
+        """A fresh draw of each role's items; a variant changes some right answers to wrong ones."""
+        self.judged.append(role)
+        rng = np.random.default_rng([self.seed, role == "tuning"])
+        n = self.items[role]
+        right, unlucky = rng.random(n) < 0.9, rng.random(n)
+        kept = right & (unlucky >= self.drop(variant) / 0.9)
+        gold = np.zeros(n, np.int64)
+        reference, candidate = (Predictions((~r).astype(np.int64)) for r in (right, kept))
+        found = evaluate("sequence-classification", self.margins, reference, candidate, gold, None, ("no", "yes"))
+        return tuple(e for e in found if e.margin is not None)
+
+
+def searcher(bench: PlantedBench, looks: int = 3, points: int = 24, elsewhere: CostModel | None = None) -> Searcher:
+    bench.margins = at_looks(bench.margins, looks)
+    return Searcher(
+        bench=bench,
+        target="planted-cpu",
+        objective="latency",
+        menus=[replace(MENU)],
+        most_looks=looks,
+        growth=bench.items["acceptance"] / bench.items["tuning"],
+        most_points=points,
+        told=lambda line: None,
+        variant="optimized",
+        reference="fp32",
+        elsewhere=elsewhere,
+    )

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+
+from medcompile.search import at_looks, promising
+from medcompile.search.cost import CostModel, assumed, fitted, scaled
+from medcompile.search.line import Option, hull, line
+from medcompile.search.record import read, write
+from medcompile.spec import Margin
+from tests.search.planted import PlantedBench, searcher
+
+GOOD = {f"layer.{i}": 0.0005 for i in range(12)}
+
+
+def test_a_model_that_int8_does_not_hurt_gets_int8_everywhere() -> None:
+    found = searcher(PlantedBench(GOOD)).run()
+    chosen = found.point(found.chosen)
+    assert chosen.formats == {"int8": 12}
+    assert chosen.cost == 2 + 12 * 0.5
+    assert [look.accepted for look in found.looks] == [True]
+
+
+def test_a_planted_bad_layer_is_kept_from_int8_and_named() -> None:
+    bench = PlantedBench({**GOOD, "layer.7": 0.3})
+    found = searcher(bench).run()
+    bad = next(c for c in found.layers if c.nodes == ("layer.7/MatMul",))
+    assert bad.format == "float"
+    assert "int8" in bad.why and "30.00%" in bad.why
+    assert {c.format for c in found.layers if c is not bad} == {"int8"}
+    assert bench.drop(found.point(found.chosen).variant) < 0.02
+
+
+def test_a_layer_that_only_weights_alone_spare_gets_that_format() -> None:
+    found = searcher(PlantedBench({**GOOD, "layer.7": 0.03})).run()
+    bad = next(c for c in found.layers if c.nodes == ("layer.7/MatMul",))
+    assert bad.format == "int8-weights"
+    assert {a.format: a.cost for a in bad.alternatives} == pytest.approx({"float": 0.2, "int8": -0.3})
+
+
+def test_a_format_that_the_target_refuses_is_left_out_and_said() -> None:
+    found = searcher(PlantedBench(GOOD, refused=("int8",))).run()
+    assert found.point(found.chosen).formats == {"int8-weights": 12}
+    assert any("int8 is left out" in note for note in found.notes)
+
+
+def test_the_acceptance_data_is_looked_at_no_more_often_than_allowed() -> None:
+    bench = PlantedBench(dict.fromkeys(GOOD, 0.2), items={"tuning": 2000, "acceptance": 40})
+    found = searcher(bench, looks=2).run()
+    assert not found.chosen and len(found.looks) <= 2 == found.most_looks
+    assert bench.judged.count("acceptance") == len(found.looks)
+
+
+def test_no_more_points_are_judged_than_allowed() -> None:
+    bench = PlantedBench({f"layer.{i}": 0.02 + i / 100 for i in range(40)})
+    searcher(bench, points=3).run()
+    assert bench.judged.count("tuning") == 3
+
+
+def test_each_look_has_the_confidence_that_all_looks_together_need() -> None:
+    (margin,) = at_looks([Margin("f1", 0.01, 0.95)], 3)
+    assert margin.confidence == pytest.approx(1 - 0.05 / 3)
+
+
+def test_a_point_is_promising_only_if_the_acceptance_data_could_show_it() -> None:
+    bench = PlantedBench(GOOD, items={"tuning": 2000, "acceptance": 2000})
+    variant = searcher(bench).menus[0].mixture("v", dict.fromkeys(bench.groups(), "int8"), {"int8": _int8()})
+    evidence = bench.tuning(variant)
+    assert promising(evidence, 1.0) == ""
+    assert "would not be shown" in promising(evidence, 0.01)
+
+
+def test_where_the_target_is_elsewhere_costs_come_from_the_model_and_nothing_is_timed() -> None:
+    bench = PlantedBench(GOOD, here=False)
+    model = CostModel({"classify": 1.0}, {"classify": {"int8": -0.5, "int8-weights": -0.1}}, "fitted elsewhere")
+    found = searcher(bench, elsewhere=model).run()
+    assert found.basis == "fitted elsewhere"
+    chosen = found.point(found.chosen)
+    assert chosen.cost is None and chosen.predicted == pytest.approx(0.5)
+
+
+def test_the_record_is_read_as_it_was_written(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    found = searcher(PlantedBench({**GOOD, "layer.7": 0.3})).run()
+    write(tmp_path / "search.json", (found,))
+    assert read(tmp_path / "search.json") == (found,)
+
+
+def test_the_hull_drops_what_costs_more_and_loses_more() -> None:
+    options = [Option("a", 0, 0.3), Option("b", 1, 0.4), Option("c", 2, 0.1), Option("d", 3, 0.0), Option("e", 9, 0.0)]
+    assert [o.format for o in hull(options)] == ["a", "c", "d"]
+
+
+def test_the_line_first_moves_what_removes_most_error_for_its_cost() -> None:
+    options = {
+        ("big",): [Option("float", 4, 0.0), Option("int8", 0, 0.2)],
+        ("small",): [Option("float", 1, 0.0), Option("int8", 0, 0.2)],
+        ("harmless",): [Option("float", 1, 0.0), Option("int8", 0, 0.001)],
+    }
+    moved = [{g[0] for g, f in a.items() if f == "float"} for a in line(options)]
+    assert moved == [set(), {"small"}, {"small", "big"}, {"small", "big", "harmless"}]
+
+
+def test_the_cost_model_takes_a_layers_share_of_what_the_whole_changes_by() -> None:
+    whole = [({"g": {"float": 1.0}}, {"g": 10.0}), ({"g": {"int8": 1.0}}, {"g": 4.0})]
+    model = fitted(whole, "here")
+    assert model.predict({"g": {"float": 0.5, "int8": 0.5}}) == pytest.approx(7.0)
+    assert scaled(model, ["other"]).predict({"other": {"int8": 1.0}}) == pytest.approx(0.4)
+
+
+def test_assumptions_are_told_as_such() -> None:
+    model = assumed(["g"], ["float", "int8", "int4-g128"])
+    assert model.basis.startswith("assumed")
+    assert model.predict({"g": {"int8": 1.0}}) < model.predict({"g": {"int4-g128": 1.0}}) < 1.0
+
+
+def _int8():  # type: ignore[no-untyped-def]
+    from tests.search.planted import INT8
+
+    return INT8
