@@ -81,7 +81,8 @@ def layer_errors(
             fix="choose a variant whose formats a CPU has: float16, int8, int4",
         ) from error
     given = bundle.variants[variant]
-    floor = max(_ROUNDING[p] for p in (given.float_dtype, given.weights, given.activations) if p is not None)
+    formats = {p for form in given.forms for p in (form.float_dtype, form.weights, form.activations) if p is not None}
+    floor = max(_ROUNDING[p] for p in formats)
     return tuple(_judged(((node, squares[name]) for name, node in shared), floor))
 
 

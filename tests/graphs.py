@@ -17,7 +17,7 @@ from medcompile import onnx_files
 from medcompile.passes.linear import linear_groups
 from medcompile.passes.quantize import Quantize
 from medcompile.program import Context, Graph, Program
-from medcompile.spec import Axis, GraphSpec, Precision, Profile, Stage, TensorSpec, Variant
+from medcompile.spec import Axis, GraphSpec, LayerRule, Precision, Profile, Stage, TensorSpec, Variant
 from medcompile.statistics import Observer
 
 VOCABULARY, HIDDEN, HEADS, INNER, POSITIONS = 60, 32, 4, 64, 40
@@ -35,6 +35,19 @@ VARIANTS = {
     "asymmetric": Variant("asymmetric", symmetric=False, **_INT8),
     "dynamic": Variant("dynamic", dynamic=True, **_INT8),
     "weights": Variant("weights", weights=Precision.INT8),
+    "mixed": Variant(
+        "mixed",
+        layers=(
+            LayerRule("attention.key"),
+            LayerRule("attention.value", dynamic=True, **_INT8),
+            LayerRule("attention.output", Precision.INT8),
+            LayerRule("intermediate", Precision.INT4, block_size=16),
+        ),
+        **_INT8,
+    ),
+    "mixed static": Variant(
+        "mixed static", layers=(LayerRule("attention.key"), LayerRule("output", Precision.INT8)), **_INT8
+    ),
 }
 
 

@@ -59,9 +59,8 @@ def build(
 
     graph = onnx_files.load(onnx_path)
     notes = [f"{name}={value}" for name, value in {**settings, "kv": kv_format(variant, settings)}.items()]
-    if variant.dynamic:
-        count = dialect.rewrite(graph)
-        notes.append(f"{count} products round activations per token and dynamic_group, the typed graph per token")
+    if variant.any_dynamic:
+        notes += dialect.told(dialect.rewrite(graph), variant)
     onnx_files.save({"model": graph}, out)
     core = openvino.Core()
     core.add_extension(extension(openvino))

@@ -116,8 +116,8 @@ class OnnxRuntimeBackend:
             onnx_files.save({spec.name: model}, Path(scratch))
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
-        small = variant.quantized and variant.activations is None  # the library fuses weights alone into such a product
-        named = tuple(f"{name}={value}" for name, value in settings.items()) if small else ()
+        # The library fuses weights alone into a product that has this setting.
+        named = tuple(f"{name}={value}" for name, value in settings.items()) if variant.any_weight_only else ()
         return Built("model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
 
     def _build_cuda_decoder(self, model: ir.Model, variant: Variant, target: Target, out: Path) -> Built:

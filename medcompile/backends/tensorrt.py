@@ -320,9 +320,9 @@ def _ends(spec: GraphSpec, dim: str) -> set[int]:
 def _check_graph(model: ir.Model, variant: Variant, what: str, target: str) -> None:
     """Refuse what the library's parser would, or would take in another sense, in the words of a recipe."""
     integer = [node.name for node in model.graph if node.op_type in ("MatMulInteger", "DynamicQuantizeLinear")]
-    if variant.dynamic or integer:
+    if integer:
         raise BackendError(
-            f"{what}: it rounds activations at run time{f' ({integer[0]})' if integer else ''}, "
+            f"{what}: it rounds activations at run time ({integer[0]}), "
             "and TensorRT multiplies integers with stored scales only",
             fix=f"leave out dynamic: true in variants.{variant.name}, or leave out target {target}",
         )

@@ -14,6 +14,16 @@ from medcompile.rewrites.dynamic_int8 import roundings
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from medcompile.spec import Variant
+
+
+def told(count: int, variant: Variant) -> list[str]:
+    """What an artifact says of rewrite(), which found so many products in a graph of variant."""
+    words = [f"{count} products round activations per token and dynamic_group, the typed graph per token"]
+    if variant.any_weight_only:
+        words.append("dynamic_group is for a whole graph: it may round activations of weight-only products too")
+    return words
+
 
 def rewrite(model: ir.Model) -> int:
     """Turn every dynamic INT8 product of model, in place, into MatMul(x, DequantizeLinear(weight)). How many."""

@@ -9,6 +9,7 @@ import pytest
 
 from medcompile import backends
 from medcompile.errors import BackendError, BackendUnavailable
+from medcompile.run_onnx import run_onnx
 from medcompile.spec import Variant
 from tests import graphs
 
@@ -55,14 +56,23 @@ def test_a_graph_that_the_library_refuses_is_a_backend_error(tmp_path: Path) -> 
 
 def test_static_and_dynamic_stay_close_to_float(tmp_path: Path) -> None:
     results = {}
-    for name in ("fp32", "dynamic"):
+    for name in ("fp32", "dynamic", "mixed"):
         folder = tmp_path / name
         folder.mkdir()
         built = _build(graphs.VARIANTS[name], folder)
         with BACKEND.load(folder / "out" / built.file, graphs.SPEC, graphs.VARIANTS[name], built.target, 1) as executor:
             results[name] = executor.run(graphs.feeds(4, 24))["embedding"]
-    assert np.abs(results["dynamic"] - results["fp32"]).max() < 0.05
-    assert np.abs(results["dynamic"] - results["fp32"]).max() > 0
+    assert 0 < np.abs(results["dynamic"] - results["fp32"]).max() < 0.05
+    typed = next(run_onnx(graphs.typed(graphs.VARIANTS["mixed"]), iter([graphs.feeds(4, 24)]), ("embedding",)))
+    assert np.abs(results["mixed"] - typed["embedding"]).max() < 0.05
+
+
+def test_a_mixed_graph_has_each_form_where_it_belongs(tmp_path: Path) -> None:
+    notes = _build(graphs.VARIANTS["mixed"], tmp_path).notes
+    assert notes == ("fused: 2 static, 1 dynamic, 1 keys", "accuracy_level=4")
+    nodes = {node.name: node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
+    assert sum(op == "MatMulNBits" for op in nodes.values()) >= 1
+    assert nodes["attention.key/MatMul"] in ("MatMul", "FusedMatMul", "Gemm")
 
 
 def test_a_missing_library_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

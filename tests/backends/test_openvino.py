@@ -12,6 +12,7 @@ pytest.importorskip("openvino", reason="the openvino extra is not installed")
 from medcompile import backends
 from medcompile.backends import openvino
 from medcompile.errors import BackendError, BackendUnavailable
+from medcompile.run_onnx import run_onnx
 from medcompile.spec import Variant
 from tests import graphs
 
@@ -81,6 +82,17 @@ def test_dynamic_products_become_stored_int8_weights_and_the_notes_say_so(tmp_pa
     assert built.notes[-1].startswith("6 products")
     assert "MatMulInteger" not in (tmp_path / "dynamic" / "out" / "model.xml").read_text()
     assert np.abs(result - reference).max() < 0.05
+
+
+def test_a_mixed_graph_rounds_its_dynamic_layer_at_run_time_and_tells_what_else_may_be(tmp_path: Path) -> None:
+    result, built = _run(graphs.VARIANTS["mixed"], tmp_path / "mixed")
+    typed = next(run_onnx(graphs.typed(graphs.VARIANTS["mixed"]), iter([graphs.feeds(4, 24)]), ("embedding",)))
+    assert built.notes[1] == "dynamic_group=128"
+    assert built.notes[-2].startswith("1 products")
+    assert "weight-only products too" in built.notes[-1]
+    assert np.abs(result - typed["embedding"]).max() < 0.05
+    _, built = _run(graphs.VARIANTS["mixed static"], tmp_path / "static")
+    assert built.notes == ("float=float32", "dynamic_group=0", "streams=1")
 
 
 def test_an_unknown_float_format_lists_what_there_is(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from medcompile.backends._cuda import Device
 from medcompile.errors import BackendError, BackendUnavailable, ProfileError, UsageError
 from medcompile.passes.cast import Cast
 from medcompile.program import Context, Graph, Program, Silent
-from medcompile.spec import Axis, Precision, Profile, Stage, Target, Variant
+from medcompile.spec import Axis, LayerRule, Precision, Profile, Stage, Target, Variant
 from tests import graphs
 
 BACKEND = tensorrt.BACKEND
@@ -94,6 +95,16 @@ def test_every_precision_of_the_graph_is_the_engines(
     assert f"accelerators={{sm{oldest} }}".encode() in (out / built.file).read_bytes()
 
 
+def test_a_mixed_engine_computes_each_linear_layer_as_its_rule_says(target: Target, tmp_path: Path) -> None:
+    rules = (LayerRule("attention.value"), LayerRule("intermediate", Precision.INT4, block_size=16))
+    variant = dataclasses.replace(INT8, name="mixed", float_dtype=Precision.FLOAT16, layers=rules)
+    built, out = _build(target, tmp_path, variant)
+    assert built.notes[0] == "linear layers: 1 float16 x float16, 1 float16 x int4, 4 int8 x int8"
+    products = json.loads((out / "layers.json").read_text())["products"]
+    assert products["attention.value/MatMul"] == "float16 x float16"
+    assert products["intermediate/MatMul"] == "float16 x int4"
+
+
 def test_fresh_builds_repeat_their_bytes_and_never_differ_in_layers_or_size(target: Target, tmp_path: Path) -> None:
     """TensorRT-RTX numbers some temporaries by chance (docs/tensorrt.md), so equal plans may need more builds."""
     plans: list[bytes] = []
@@ -160,6 +171,10 @@ def test_rounding_at_run_time_is_refused_before_anything_is_built(target: Target
     with pytest.raises(BackendError, match="rounds activations at run time") as caught:
         _build(target, tmp_path, graphs.VARIANTS["dynamic"])
     assert "dynamic: true in variants.dynamic" in caught.value.fix
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with pytest.raises(BackendError, match=r"run time \(attention\.value/MatMul/integer\)"):
+        _build(target, tmp_path, graphs.VARIANTS["mixed"])
 
 
 def test_an_operator_that_the_parser_lacks_is_named_with_its_node(target: Target, tmp_path: Path) -> None:
