@@ -17,8 +17,10 @@ from typer.core import TyperGroup
 
 from medcompile import __version__
 from medcompile.commands.build import build
+from medcompile.commands.diff import diff
 from medcompile.commands.inspect import inspect
 from medcompile.commands.options import AsJson
+from medcompile.commands.report import report
 from medcompile.commands.run import run
 from medcompile.commands.verify import verify
 from medcompile.errors import MedcompileError
@@ -70,6 +72,8 @@ app.command()(build)
 app.command()(inspect)
 app.command()(verify)
 app.command()(run)
+app.command()(report)
+app.command()(diff)
 
 
 @app.command()

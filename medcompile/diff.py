@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medcompile import layer_table, manifest
 from medcompile.bundle import Bundle
 from medcompile.errors import BundleError
-from medcompile.spec import Artifact, Evidence, Variant, Verdict
+from medcompile.spec import Artifact, Evidence, GraphSpec, Variant, Verdict
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,7 +108,8 @@ class Named:
 
 @dataclass(frozen=True)
 class Diff:
-    """All that differs. files: by path, sha256 on each side. metrics, artifacts: everything recorded, changed or not.
+    """All that differs. files: by path, sha256 on each side. weights: None without onnx_ir, which reads them.
+    metrics, artifacts: everything recorded, changed or not.
 
     same_items: True if both were judged on the same evaluation data, so that recorded values can be set side by side.
     notes: what could not be compared, and why.
@@ -119,7 +120,7 @@ class Diff:
     identical: bool
     source: tuple[Change, ...]
     files: tuple[Change, ...]
-    weights: tuple[WeightChange, ...]
+    weights: tuple[WeightChange, ...] | None
     recipe: tuple[Change, ...]
     data: tuple[Change, ...]
     versions: tuple[Change, ...]
@@ -135,17 +136,18 @@ class Diff:
 def diff(a: Bundle, b: Bundle) -> Diff:
     """Raises BundleError where a file of one of them is not what it should be."""
     notes = list(_scope(a, b))
-    weights = tuple(_weights(a, b, notes))
-    data_a, data_b = _data(a), _data(b)
+    weights = _weights(a, b)
+    if weights is None:
+        notes.append('weights are compared by the digests of their files alone: pip install "medcompile[build]"')
     return Diff(
         a=Named(a.name, str(a.root), a.digest),
         b=Named(b.name, str(b.root), b.digest),
         identical=a.digest == b.digest,
-        source=changes(_source(a), _source(b)),
+        source=changes(_source(a, b), _source(b, a)),
         files=changes({p: f.sha256 for p, f in a.files.items()}, {p: f.sha256 for p, f in b.files.items()}),
         weights=weights,
         recipe=_recipe_changes(a, b, notes),
-        data=changes(data_a, data_b),
+        data=changes(_data(a), _data(b)),
         versions=changes(_versions(a), _versions(b)),
         budget=changes(_budget(a), _budget(b)),
         variants=changes(_variants(a, b), _variants(b, a)),
@@ -199,18 +201,26 @@ def _scope(a: Bundle, b: Bundle) -> Iterator[str]:
         yield "a and b were judged on different evaluation data, so recorded values can't be set against each other"
 
 
-def _source(found: Bundle) -> dict[str, Any]:
-    """Where the weights came from, and the faces of the graphs."""
+def _source(found: Bundle, other: Bundle) -> dict[str, Any]:
+    """Where the weights came from, and the faces of the graphs that the other has as well."""
     known = found.provenance
-    faces = {name: manifest.encode(spec) for name, spec in found.graphs.items()}
     return {
         "family": found.family,
         "tasks": list(found.tasks),
         "source": known.get("source"),
         "revision": known.get("revision"),
         "files": known.get("source_files") or {},
-        "graphs": faces,
+        "graphs": {name: _face(spec) for name, spec in found.graphs.items() if name in other.graphs},
     }
+
+
+def _face(spec: GraphSpec) -> dict[str, Any]:
+    sides = {"inputs": spec.inputs, "outputs": spec.outputs}
+    face: dict[str, Any] = {
+        side: ", ".join(f"{t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors)
+        for side, tensors in sides.items()
+    }
+    return face | {"shapes": {p.name: {x.name: [x.min, x.opt, x.max] for x in p.axes} for p in spec.profiles}}
 
 
 def _data(found: Bundle) -> dict[str, Any]:
@@ -225,7 +235,7 @@ def _versions(found: Bundle) -> dict[str, Any]:
 
 
 def _budget(found: Bundle) -> dict[str, Any]:
-    return {m.metric: {"max_drop": m.max_drop, "confidence": m.confidence} for m in found.budget}
+    return {m.metric: {k: v for k, v in manifest.encode(m).items() if k != "metric" and v != {}} for m in found.budget}
 
 
 def _variants(found: Bundle, other: Bundle) -> dict[str, Any]:
@@ -300,7 +310,7 @@ def _figures(found: Bundle, artifact: Artifact) -> Figures:
 # ---- weights
 
 
-def _weights(a: Bundle, b: Bundle, notes: list[str]) -> Iterator[WeightChange]:
+def _weights(a: Bundle, b: Bundle) -> tuple[WeightChange, ...] | None:
     """Tensor by tensor, of graphs that both have and whose files differ."""
     pairs = []
     for variant in (v for v in a.variants if v in b.variants):
@@ -308,16 +318,17 @@ def _weights(a: Bundle, b: Bundle, notes: list[str]) -> Iterator[WeightChange]:
             names = (f"graphs/{variant}/{graph}.onnx" for graph in a.graphs)
             pairs += [(variant, Path(name)) for name in names if name in a.files and name in b.files]
     if not pairs:
-        return
+        return ()
     try:
         import onnx_ir  # noqa: F401
     except ImportError:
-        notes.append('weights are compared by the digests of their files alone: pip install "medcompile[build]"')
-        return
+        return None
     from medcompile import onnx_files
 
+    found: list[WeightChange] = []
     for variant, path in pairs:
-        yield from _tensors(variant, path.stem, *(onnx_files.load(found.root / path) for found in (a, b)))
+        found += _tensors(variant, path.stem, *(onnx_files.load(side.root / path) for side in (a, b)))
+    return tuple(found)
 
 
 def _tensors(variant: str, graph: str, a: ir.Model, b: ir.Model) -> Iterator[WeightChange]:
