@@ -45,6 +45,11 @@ def examine() -> list[Finding]:
     return [_cpu(), _memory(), _build(), *_targets(), _cache(), _hub()]
 
 
+def machine() -> str:
+    """The system, its processor and what that is good at, in words; no name of the machine."""
+    return _cpu().found
+
+
 def _cpu() -> Finding:
     flags: set[str] = set()
     for line in _lines("/proc/cpuinfo"):

@@ -6,6 +6,7 @@ read() is the one way in. Nothing here writes a text anywhere: what leaves this 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,17 @@ from medcompile.data.manifest import Manifest, load_manifest
 from medcompile.data.readers import records
 from medcompile.errors import DataError, PhiError
 
-__all__ = ["Dataset", "ImageRef", "Item", "Manifest", "joined", "load_manifest", "read", "without_overlap"]
+__all__ = [
+    "Dataset",
+    "ImageRef",
+    "Item",
+    "Manifest",
+    "joined",
+    "load_manifest",
+    "read",
+    "shared_items",
+    "without_overlap",
+]
 
 
 def read(manifest: Manifest, *, limit: int | None = None, allow_phi: bool = False) -> Dataset:
@@ -70,6 +81,17 @@ def without_overlap(calibration: Dataset, evaluation: Dataset) -> tuple[Dataset,
             fix="calibrate on other data than is judged on, for example the training split",
         )
     return (dataset(calibration.manifests, kept) if dropped else replace(calibration)), dropped
+
+
+def shared_items(datasets: Sequence[Dataset]) -> int:
+    """How many items have a text or an image that also stands in a data set before theirs."""
+    seen: set[str] = set()
+    shared = 0
+    for one in datasets:
+        digests = [content_digests(item) for item in one.items]
+        shared += sum(bool(d & seen) for d in digests)
+        seen = seen.union(*digests)
+    return shared
 
 
 def _check_prompts(manifest: Manifest, items: tuple[Item, ...]) -> None:

@@ -128,8 +128,8 @@ def read(path: Path) -> tuple[Search, ...]:
     """Raises BundleError if it is no record of this version."""
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest.decode(Record, value, path.name)
-    except (OSError, ValueError) as error:
+        found: Record = manifest.decode(Record, value, path.name)
+    except (OSError, ValueError, manifest.Malformed) as error:
         raise BundleError(f"{path.name}: {error}", fix="build the bundle again") from error
     if found.version != 1:
         raise BundleError(f"{path.name}: version {found.version}, and this reads 1", fix="update medcompile")
