@@ -14,12 +14,11 @@ import dataclasses
 import errno
 import glob
 import hashlib
-import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -55,6 +54,10 @@ class Contents:
     budget: tuple[Margin, ...]
     assets: Mapping[str, str]
     provenance: Mapping[str, Any]
+
+
+Told = Callable[[Contents, Path], Mapping[str, str]]
+"""Texts by path that tell of a bundle, made from its contents and the folder that holds all of its other files."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,11 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def commit(self, contents: Contents) -> Bundle:
+    def commit(self, contents: Contents, told: Told | None = None) -> Bundle:
         """Hash every file written so far, write the manifest, and put the bundle in its place, replacing an older one.
 
-        Artifacts may leave sha256 "" and size_bytes 0: both are filled in. Returns the bundle at its final place.
+        Artifacts may leave sha256 "" and size_bytes 0: both are filled in. told is asked then, and what it says is
+        written before the manifest. Returns the bundle at its final place.
         """
         files = _hash_files(self.root, _walk(self.root))
         artifacts = []
@@ -168,6 +172,11 @@ class Writer:
                 raise BundleError(f"artifact {artifact.path} is not the file that was written")
             artifacts.append(dataclasses.replace(artifact, sha256=file.sha256, size_bytes=file.size))
         contents = dataclasses.replace(contents, artifacts=tuple(artifacts))
+        texts = told(contents, self.root) if told else {}
+        for path, text in texts.items():
+            self.path(path).unlink(missing_ok=True)  # it may be a link to the older bundle's
+            self.path(path).write_text(text, encoding="utf-8")
+        files |= _hash_files(self.root, texts)
         with (self.root / MANIFEST).open("xb") as out:
             out.write(manifest.seal(manifest.encode(_Manifest(**vars(contents), files=files))))
             out.flush()
@@ -245,8 +254,10 @@ def rewrite(
     artifacts: Iterable[Artifact],
     files: Mapping[str, Path] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    *,
+    told: Told,
 ) -> Bundle:
-    """Write found anew at place (its own root, too) with these artifacts, and their evidence in evidence.json.
+    """Write found anew at place (its own root, too) with these artifacts, and what told says of the result.
 
     files: what new artifacts bring along, by relative path, in place of what lay in their folders. provenance None:
     as it was. Whoever calls has checked the digests of found.
@@ -256,24 +267,13 @@ def rewrite(
     replaced = tuple(f"{found.folder_of(a)}/" for a in kept if a.path in added)
     with Writer(place) as writer:
         for path in found.files:
-            if path != EVIDENCE and path not in added and not path.startswith(replaced):
+            if path not in added and not path.startswith(replaced):
                 writer.add(found.root / path, path)
         for path, source in added.items():
             shutil.copyfile(source, writer.path(path))
-        writer.path(EVIDENCE).write_text(evidence_text(kept), encoding="utf-8")
         contents = {field.name: getattr(found, field.name) for field in dataclasses.fields(Contents)}
         contents |= {"artifacts": kept, "provenance": found.provenance if provenance is None else provenance}
-        return writer.commit(Contents(**contents))
-
-
-def evidence_text(artifacts: Iterable[Artifact]) -> str:
-    """What evidence.json holds: the evidence of every artifact, for readers that want no more of the manifest."""
-    rows = [
-        {"variant": a.variant, "target": a.target.name, "graph": a.graph, "verdict": a.verdict}
-        | {"verified_on": a.verified_on, "evidence": [manifest.encode(e) for e in a.evidence]}
-        for a in artifacts
-    ]
-    return json.dumps(rows, indent=1, sort_keys=True) + "\n"
+        return writer.commit(Contents(**contents), told)
 
 
 def lock_folder(folder: Path, *, wait: bool = False) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medcompile import __version__, backends, budget, bundle, cache, sources, verify
+from medcompile import __version__, backends, budget, bundle, cache, report, sources, verify
 from medcompile.artifacts import Lowering
 from medcompile.bundle import Bundle
 from medcompile.errors import BackendError, BundleError, DataError, PhiError, UsageError
@@ -66,6 +66,7 @@ def relower(
             [*kept, *(m.artifact for m in made)],
             files,
             _provenance(found, [t.name for t in probed], lowering.skipped, notes),
+            told=report.texts,
         )
     except OSError as error:
         raise BundleError(

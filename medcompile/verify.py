@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from medcompile import backends, data, exams, run_onnx
+from medcompile import backends, data, exams, report, run_onnx
 from medcompile.backends import Backend, Executor, check_feeds
 from medcompile.bundle import Bundle, rewrite
 from medcompile.data import Dataset
@@ -307,7 +307,7 @@ def renew(bundle: Bundle, repeated: Sequence[Repeated]) -> Bundle:
     """
     artifacts = [r.artifact if r.renewed else a for r, a in zip(repeated, bundle.artifacts, strict=True)]
     try:
-        return rewrite(bundle, bundle.root, artifacts)
+        return rewrite(bundle, bundle.root, artifacts, told=report.texts)
     except OSError as error:
         raise BundleError(
             f"{bundle.root}: the evidence was made, but can't be written into it: {error.strerror or error}",
