@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import medcompile
-from medcompile import bundle, verify
+from medcompile import bundle, report, verify
 from medcompile.errors import BackendError, BackendUnavailable, MedcompileError, OverBudgetError
 from medcompile.spec import GRAPH_VERIFIED, NOT_VERIFIED, Artifact, Verdict
 from tests import fake_device
@@ -49,7 +49,7 @@ def test_what_cannot_run_here_is_judged_by_its_graph_and_says_so(built: Built) -
         assert any("no fake GPU in this machine" in note for note in artifact.notes)
         for ours, theirs in zip(artifact.evidence, cpu[variant].evidence, strict=True):
             assert ours.value == pytest.approx(theirs.value, abs=0.02)
-    rows = json.loads((found.root / "evidence.json").read_text())
+    rows = json.loads((found.root / "evidence.json").read_text())["artifacts"]
     assert {(r["target"], r["verified_on"]) for r in rows} == {
         ("onnxruntime-cpu", "verified on device: cpu x86_64"),
         (NAME, GRAPH_VERIFIED),
@@ -126,7 +126,7 @@ def test_a_latency_counts_only_on_the_device_that_it_was_timed_on(built: Built) 
         timed = [
             replace(a, latency_ms=0.001, verified_on=timed_on) if a.target.name == NAME else a for a in found.artifacts
         ]
-        bundle.rewrite(found, found.root, timed)
+        bundle.rewrite(found, found.root, timed, told=report.texts)
         with medcompile.load(found.root) as session:
             assert session.target.name == fastest
 
@@ -160,9 +160,9 @@ def test_verify_where_the_device_is_puts_its_evidence_into_the_bundle_once(built
         assert artifact.evidence != before.evidence
     others = [a for a in found.artifacts if a.target.name != NAME]
     assert [a for a in after.artifacts if a.target.name != NAME] == others
-    assert {f: s for f, s in after.files.items() if f != "evidence.json"} == {
-        f: s for f, s in found.files.items() if f != "evidence.json"
-    }
+    told = {"evidence.json", "report.html"}
+    assert {f for f in found.files if after.files[f] != found.files[f]} == told
+    assert set(after.files) == set(found.files)
     assert {f.stat().st_nlink for f in found.root.rglob("*") if f.is_file()} == {1}
     again = call("verify", found.root, "--json")
     assert again.exit_code == 0 and not any(r["renewed"] for r in json.loads(again.stdout))

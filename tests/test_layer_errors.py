@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medcompile import bundle, onnx_files, verify
+from medcompile import bundle, onnx_files, report, verify
 from medcompile.bundle import Bundle
 from medcompile.errors import BackendUnavailable, UsageError
 from medcompile.layer_errors import layer_errors
@@ -48,7 +48,7 @@ def damage(found: Bundle, variant: str, node: str, place: Path) -> Bundle:
     folder.mkdir()
     onnx_files.save({"embed": model}, folder)
     files = {f"graphs/{variant}/{file.name}": file for file in folder.iterdir()}
-    return bundle.rewrite(found, place, found.artifacts, files)
+    return bundle.rewrite(found, place, found.artifacts, files, told=report.texts)
 
 
 @pytest.mark.parametrize("variant", ["int8", "fp16"])

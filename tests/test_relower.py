@@ -47,7 +47,7 @@ def test_a_bundle_gets_a_target_without_torch_and_is_judged_by_its_kept_referenc
     assert {(a.variant, a.target.name) for a in added} == {("fp32", "openvino-cpu"), ("int8", "openvino-cpu")}
     assert all(a.ran and a.latency_ms and a.verdict == "non-inferior" for a in added)
     changed = {f for f in before.files if after.files[f] != before.files[f]}
-    assert changed == {"evidence.json"}
+    assert changed == {"evidence.json", "report.html"}
     assert after.provenance["relowered"] == [{"targets": ["openvino-cpu"], "medcompile": medcompile.__version__}]
     with medcompile.load(copy.bundle, backend="openvino") as session:
         assert session.embed("no fever").shape == (1, tiny.HIDDEN)
