@@ -85,8 +85,7 @@ def _segments(whole: ir.Model, pieces: Sequence[list[ir.Node]]) -> Iterator[Segm
     for index, nodes in enumerate(pieces):
         later = ends.union(*read[index + 1 :])
         made = [value for node in nodes for value in node.outputs if value in later]
-        given = [v for v in read[index] if v.producer() not in set(nodes)]
-        given.sort(key=lambda v: v.name or "")
+        given = sorted(read[index], key=lambda value: value.name or "")
         for value in (*made, *given):
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         model = ir.Model(ir.convenience.extract(whole.graph, given, made), ir_version=whole.ir_version)
@@ -95,5 +94,6 @@ def _segments(whole: ir.Model, pieces: Sequence[list[ir.Node]]) -> Iterator[Segm
 
 
 def _read(nodes: Sequence[ir.Node]) -> set[ir.Value]:
-    """What nodes read that is not stored, of their own results too."""
-    return {v for node in nodes for v in node.inputs if v is not None and v.const_value is None}
+    """What nodes read that is neither stored nor made by them."""
+    made = {value for node in nodes for value in node.outputs}
+    return {v for node in nodes for v in node.inputs if v is not None and v.const_value is None} - made

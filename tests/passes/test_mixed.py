@@ -11,6 +11,7 @@ import pytest
 
 from medcompile.errors import QuantizeError
 from medcompile.passes.calibrate import Calibrate
+from medcompile.passes.cast import Cast
 from medcompile.passes.layers import layers
 from medcompile.passes.quantize import Quantize
 from medcompile.program import Program
@@ -138,6 +139,20 @@ def test_a_method_that_sees_whole_activations_is_for_the_layers_that_it_fits(met
     assert table["lm_head/MatMul"] == "float32"
     errors = [np.linalg.norm(gated.logits(made) - exact) / np.linalg.norm(exact) for made in (both, plain)]
     assert 0 < errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("dtype", [Precision.FLOAT16, Precision.BFLOAT16])
+def test_floats_beside_integers_become_16_bit_where_the_variant_says_so(dtype: Precision) -> None:
+    base = dataclasses.replace(STATIC, float_dtype=dtype)
+    variant = mixed(LayerRule("*/left"), LayerRule("*/down", INT8, INT8, dynamic=True), base=base)
+    result = Cast(dtype)(quantized(variant), two_layers.context())
+    assert precisions(result) == {
+        LEFT: dtype,
+        RIGHT: "int8 x int8",
+        f"{DOWN}/integer": "int8 x int8, scales at run time",
+    }
+    if dtype is Precision.FLOAT16:  # the library has no bfloat16 product on a CPU
+        assert error(result) < 0.02
 
 
 def test_asymmetric_activations_are_the_variants() -> None:
