@@ -29,7 +29,7 @@ def test_each_group_begins_a_segment_of_its_own() -> None:
         list(two_layers.LAYERS[2:]),
     ]
     assert [s.made for s in segments] == [("hidden",), ("act",), ("logits",)]
-    assert [s.later for s in segments] == [{"hidden", "logits"}, {"act", "logits"}, {"logits"}]
+    assert [s.later for s in segments] == [{"hidden", "act", "logits"}, {"act", "logits"}, {"logits"}]
 
 
 def test_an_encoder_gives_what_it_gives_whole() -> None:
