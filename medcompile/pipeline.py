@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from medcompile.program import Feeds
 
 _COMPILER_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "numpy", "tokenizers")
-_REFERENCE_VERSION = 2
+_REFERENCE_VERSION = 3
 
 
 def build(

@@ -8,6 +8,7 @@ asked (512 positions, its tasks' weights) is for the family to say later.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,14 +172,33 @@ class SearchKeys(Section):
     )
 
 
+def _costs(costs: dict[str, Any]) -> dict[str, float | dict[str, float]]:
+    """One number each, or one for each wrong answer."""
+
+    def number(cost: Any) -> float:
+        if type(cost) not in (int, float) or not 0 <= cost < math.inf:
+            raise failure(f"{shown(cost)} is no cost", "write a number from 0")
+        return float(cost)
+
+    return {k: {n: number(c) for n, c in v.items()} if isinstance(v, dict) else number(v) for k, v in costs.items()}
+
+
 class MarginKeys(Section):
     """How much of a metric may be lost, and how sure the test must be that no more was."""
 
     max_drop: float = Field(
-        gt=0, lt=1, description="Largest tolerated drop, as a fraction: 0.01 is one point.", examples=["0.01"]
+        gt=0,
+        description="Largest tolerated drop, as a fraction: 0.01 is one point. Of cost: the rise, in its unit.",
+        examples=["0.01"],
     )
     confidence: float = Field(
         default=0.95, gt=0.5, lt=1, description="Confidence of the one-sided test.", examples=["0.95"]
+    )
+    costs: Annotated[dict[str, Any], AfterValidator(_costs)] | None = Field(
+        default=None,
+        description="Of the metric cost: what each mistake costs, by the right class and the wrong one (1 where none is"
+        " named); of entities, missed and false_alarm.",
+        examples=["{disease: {healthy: 10}}", "{missed: 10, false_alarm: 1}"],
     )
 
 
@@ -293,7 +313,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         profiles=_profiles(keys.shapes),
         calibration=keys.calibration,
         evaluation=keys.evaluation,
-        budget=tuple(Margin(metric, m.max_drop, m.confidence) for metric, m in keys.budget.items()),
+        budget=tuple(Margin(metric, m.max_drop, m.confidence, m.costs or {}) for metric, m in keys.budget.items()),
         variants=tuple(variant_of(name, v) for name, v in (keys.variants or {}).items()),
         targets=tuple(keys.targets),
         kv=(keys.kv or KvKeys()) if "generate" in keys.model.tasks else None,
@@ -315,7 +335,7 @@ def resolved(recipe: Recipe) -> str:
         "shapes": profiles,
         "calibration": _plain(recipe.calibration) if recipe.calibration else None,
         "evaluation": _plain(recipe.evaluation),
-        "budget": {m.metric: {"max_drop": m.max_drop, "confidence": m.confidence} for m in recipe.budget},
+        "budget": {m.metric: _margin_plain(m) for m in recipe.budget},
         "optimize": recipe.optimize,
         "tuning": _plain(recipe.tuning) if recipe.tuning else None,
         "search": _plain(recipe.search) if recipe.optimize else None,
@@ -364,6 +384,12 @@ def _find_manifests(document: Document, recipe: Path) -> dict[str, Path]:
 def _profiles(shapes: Mapping[str, Any]) -> tuple[Profile, ...]:
     named = shapes if all(isinstance(v, dict) for v in shapes.values()) else {"default": shapes}
     return tuple(Profile(n, tuple(Axis(a, *sizes) for a, sizes in axes.items())) for n, axes in named.items())
+
+
+def _margin_plain(margin: Margin) -> dict[str, Any]:
+    return {"max_drop": margin.max_drop, "confidence": margin.confidence} | (
+        {"costs": dict(margin.costs)} if margin.costs else {}
+    )
 
 
 def _plain(keys: ModelKeys | CalibrationKeys | EvaluationKeys | TuningKeys | SearchKeys | KvKeys) -> dict[str, Any]:

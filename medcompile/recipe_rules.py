@@ -179,6 +179,32 @@ def _budget_checks(budget: dict[str, Any], model: dict[str, Any]) -> Broken:
                 f"budget: no metric {shown(metric)} for {', '.join(tasks)}{nearest(metric, known)}",
                 f"choose from: {', '.join(known)}",
             )
+        yield from _margin_checks(metric, mapping(budget, metric), tasks)
+
+
+def _margin_checks(metric: str, margin: dict[str, Any], tasks: list[str]) -> Broken:
+    costs, drop, way = margin.get("costs"), margin.get("max_drop"), ("budget", metric)
+    if not metrics.is_cost(metric):
+        if isinstance(drop, int | float) and drop >= 1:
+            yield (
+                (*way, "max_drop"),
+                f"budget.{metric}.max_drop: {drop} is not less than 1",
+                "write a fraction: 0.01 is one point",
+            )
+        if costs is not None:
+            yield (*way, "costs"), f"budget.{metric}: costs belong to the metric cost", "remove them"
+    elif not isinstance(costs, dict):
+        yield (
+            way,
+            f"missing key 'costs' in budget.{metric}: what each mistake costs",
+            "add costs: {disease: {healthy: 10}}, or of entities {missed: 10, false_alarm: 1}",
+        )
+    elif "token-classification" in tasks and set(costs) - set(metrics.COSTS_OF_ENTITIES):
+        yield (
+            (*way, "costs"),
+            f"budget.{metric}.costs: of entities they are {' and '.join(metrics.COSTS_OF_ENTITIES)}",
+            "write costs: {missed: 10, false_alarm: 1}",
+        )
 
 
 def _variant_checks(way: Keys, variant: dict[str, Any]) -> Broken:

@@ -272,11 +272,16 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Margin:
-    """One line of a budget: the largest tolerated drop of a metric, and the confidence of the one-sided test."""
+    """One line of a budget: the largest tolerated drop of a metric, and the confidence of the one-sided test.
+
+    max_drop of a metric of which less is better (cost, flips, ece) is the rise, or the share, that is tolerated.
+    costs: of the metric cost, by the right class and the one given instead; of entities, missed and false_alarm.
+    """
 
     metric: str
     max_drop: float
     confidence: float = 0.95
+    costs: Mapping[str, Mapping[str, float] | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,10 @@ def read_reference(path: Path, exam: Exam) -> Predictions:
             arrays = dict(file)
         digests, values = arrays.pop("digests"), arrays.pop("values")
         lengths = arrays.pop("lengths", None)
-        answers: Sequence[Array] | Array = values if lengths is None else np.split(values, np.cumsum(lengths)[:-1])
-        found = Predictions(answers, **arrays)
+        by_item = {"values": values} | {n: arrays.pop(n) for n in ("confidences",) if n in arrays}
+        if lengths is not None:
+            by_item = {name: np.split(array, np.cumsum(lengths)[:-1]) for name, array in by_item.items()}
+        found = Predictions(**by_item, **arrays)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path.name} holds no reference answers: {error}", fix="rebuild the bundle") from error
     if tuple(bytes(d).hex() for d in digests) != exam.digests():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medcompile.data.images import ImageRef, image_of
-from medcompile.data.manifest import Manifest
+from medcompile.data.manifest import GROUPS, Manifest
 from medcompile.data.readers import Place, Record
 from medcompile.errors import DataError
 
@@ -24,7 +24,8 @@ class Item:
 
     digest: sha256 hex of the content alone: texts with white space normalized, the image's own digest. words and labels
     run in parallel, and text is the words joined by spaces. text_pair is the passage where text is a query. label: the
-    class. document: whose sentences or images belong together, for example a patient's.
+    class. document: whose sentences or images belong together, for example a patient's. groups: name and value of each
+    of the manifest's groups.
     """
 
     digest: str
@@ -36,13 +37,14 @@ class Item:
     document: str = ""
     id: str = ""
     image: ImageRef | None = None
+    groups: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Items in file order, from one manifest or several.
 
-    digest covers texts, images, labels, documents and prompts, so that any change of the data shows.
+    digest covers texts, images, labels, documents, groups and prompts, so that any change of the data shows.
     """
 
     name: str
@@ -101,6 +103,7 @@ def item_of(place: Place, record: Record, manifest: Manifest) -> Item:
         document=_plain(place, "document", record),
         id=_plain(place, "id", record),
         image=image,
+        groups=tuple((name, _plain(place, GROUPS + name, record)) for name in sorted(manifest.groups)),
     )
 
 
@@ -109,6 +112,8 @@ def dataset(manifests: tuple[Manifest, ...], items: tuple[Item, ...]) -> Dataset
     content = hashlib.sha256()
     for item in items:
         content.update(json.dumps([item.digest, item.labels, item.label, item.document]).encode())
+        if item.groups:
+            content.update(json.dumps(item.groups).encode())
     for manifest in manifests:
         if manifest.prompts:
             content.update(json.dumps(sorted(manifest.prompts.items())).encode())

@@ -23,6 +23,7 @@ FieldName = Literal[
     "text", "words", "labels", "label", "query", "passage", "text_pair", "document", "id", "image", "sha256"
 ]
 
+GROUPS = "groups."
 DATA_FOLDER = "MEDCOMPILE_DATA"
 
 
@@ -33,7 +34,8 @@ class Manifest:
     For format images the files are indices, CSV or JSON lines, that name one image a line. fields: our name -> the key,
     column name, array name (npz), or column number from 0 (conll). label_map renames labels or entity types; keep lists
     the entity types that count, all others become O. prompts: label -> what that class is called in words, to match
-    images against; a label without one stands for itself. location: the manifest's own file.
+    images against; a label without one stands for itself. location: the manifest's own file. groups: the name of a
+    grouping of the items (site, sex) -> the key, column or array that holds each item's group.
     """
 
     name: str
@@ -50,6 +52,12 @@ class Manifest:
     prompts: dict[str, str]
     language: str
     location: Path
+    groups: dict[str, str]
+
+    @property
+    def columns(self) -> dict[str, str | int]:
+        """fields and groups together, a group called `groups.NAME`: all that is read of a record."""
+        return self.fields | {GROUPS + name: column for name, column in self.groups.items()}
 
     def file(self, path: str) -> Path:
         """Where one of paths lies: beside the manifest, or in the folder that MEDCOMPILE_DATA names.
@@ -94,6 +102,7 @@ def load_manifest(path: Path | str) -> Manifest:
         prompts=keys.prompts,
         language=keys.language,
         location=Path(path),
+        groups=keys.groups,
     )
 
 
@@ -109,6 +118,16 @@ def _digests(values: list[str]) -> list[str]:
                 f"{recipe_yaml.shown(value)} is not a sha256 (64 of 0-9 a-f)", "write what `sha256sum FILE` prints"
             )
     return values
+
+
+def _group_names(groups: dict[str, str]) -> dict[str, str]:
+    for name in groups:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise recipe_yaml.failure(
+                f"{recipe_yaml.shown(name)} is no name of a group (letters, digits, _ and -)",
+                "name it as a budget will: accuracy[worst:site]",
+            )
+    return groups
 
 
 class _ManifestKeys(BaseModel):
@@ -131,6 +150,9 @@ class _ManifestKeys(BaseModel):
         default_factory=dict, examples=["{pneumonia: chest x-ray showing pneumonia}"]
     )
     language: str = Field(default="en", examples=["en"])
+    groups: Annotated[dict[str, str], AfterValidator(_group_names)] = Field(
+        default_factory=dict, examples=["{site: hospital, sex: sex}"]
+    )
 
 
 _NAMED = {"jsonl": "jsonl key or column", "csv": "csv key or column", "images": "key or column", "npz": "array"}
@@ -152,6 +174,8 @@ def _cross_checks(value: dict[str, Any]) -> list[tuple[recipe_yaml.Keys, str, st
         message = f"{len(digests)} sha256 for {len(paths)} files"
         found.append((("sha256",), message, "give one sha256 for each path, in the same order"))
     fields, kind = value.get("fields"), value.get("format")
+    if kind == "conll" and value.get("groups"):
+        found.append((("groups",), "conll has no column that could hold groups", "use jsonl, or remove groups"))
     if not isinstance(fields, dict) or not fields:
         return found
     mains = [f for f in ("text", "words", "query", "image") if f in fields]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medcompile.data.manifest import Manifest
+from medcompile.data.manifest import GROUPS, Manifest
 from medcompile.errors import DataError
 from medcompile.recipe_yaml import nearest
 
@@ -58,6 +58,11 @@ def records(manifest: Manifest) -> Iterator[tuple[Place, Record]]:
             raise DataError(f"{manifest.name}: {name} holds no records", fix="check that it is the right file")
 
 
+def _key(field: str) -> str:
+    """Where the manifest names the column of that field."""
+    return field if field.startswith(GROUPS) else f"fields.{field}"
+
+
 def _lines(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, str]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -79,9 +84,9 @@ def _jsonl(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, R
         if not isinstance(value, dict):
             raise place.error("is not a JSON object", 'write one object on each line, such as {"text": "..."}')
         record = {}
-        for field, key in manifest.fields.items():
+        for field, key in manifest.columns.items():
             if key not in value:
-                raise place.error(f"has no key {key!r}, which fields.{field} names", "correct the line or the manifest")
+                raise place.error(f"has no key {key!r}, which {_key(field)} names", "correct the line or the manifest")
             record[field] = value[key]
         yield place, record
 
@@ -100,16 +105,16 @@ def _csv(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Rec
             raise place.error("is not valid CSV", "check its quotes") from None
         if header is None:
             header = row
-            for field, column in manifest.fields.items():
+            for field, column in manifest.columns.items():
                 if column not in header:
                     raise place.error(
-                        f"the header has no column {column!r}, which fields.{field} names",
+                        f"the header has no column {column!r}, which {_key(field)} names",
                         "add a header line with the column names, or correct fields in the manifest",
                     )
         elif row:
             if len(row) != len(header):
                 raise place.error(f"has {len(row)} columns; the header has {len(header)}", "check quotes and commas")
-            yield place, {field: row[header.index(str(column))] for field, column in manifest.fields.items()}
+            yield place, {field: row[header.index(str(column))] for field, column in manifest.columns.items()}
 
 
 def _conll(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Record]]:
@@ -119,7 +124,7 @@ def _conll(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, R
     rows: list[list[str]] = []
 
     def sentence() -> Record:
-        record: Record = {field: [row[int(column)] for row in rows] for field, column in manifest.fields.items()}
+        record: Record = {field: [row[int(column)] for row in rows] for field, column in manifest.columns.items()}
         return record | ({"document": f"{name}#{document}"} if document else {})
 
     for place, line in _lines(manifest, name, path):
@@ -175,10 +180,10 @@ def _npz(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Rec
     columns: dict[str, Any] = {}
     try:
         with path.open("rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
-            for field, key in manifest.fields.items():
+            for field, key in manifest.columns.items():
                 if key not in arrays.files:
                     raise DataError(
-                        f"{manifest.name}: {name} has no array {key!r}, which fields.{field} names"
+                        f"{manifest.name}: {name} has no array {key!r}, which {_key(field)} names"
                         f"{nearest(str(key), arrays.files)}",
                         fix="see numpy.load(FILE).files, and correct fields in the manifest",
                     )
@@ -195,7 +200,7 @@ def _npz(manifest: Manifest, name: str, path: Path) -> Iterator[tuple[Place, Rec
         if len(values) != len(columns["image"]):
             raise DataError(
                 f"{manifest.name}: {name}: {len(values)} rows of {field} for {len(columns['image'])} images",
-                fix=f"correct fields.{field}, or the file",
+                fix=f"correct {_key(field)}, or the file",
             )
     for row in range(len(columns["image"])):
         yield Place(manifest.name, name, f"row {row}"), {field: values[row] for field, values in columns.items()}
@@ -220,7 +225,7 @@ def _column(manifest: Manifest, field: str, array: NDArray[Any]) -> list[Any]:
     kinds = {"U": "text"} if field == "text" else {"U": "text", "i": "whole numbers", "u": "whole numbers"}
     if array.dtype.kind not in kinds or array.ndim == 0 or array.size != array.shape[0]:
         raise DataError(
-            f"{manifest.name}: the array {manifest.fields[field]!r} is {array.dtype} of shape {array.shape}",
+            f"{manifest.name}: the array {manifest.columns[field]!r} is {array.dtype} of shape {array.shape}",
             fix=f"{field} wants one value a row: {' or '.join(dict.fromkeys(kinds.values()))}",
         )
     values: list[Any] = array.reshape(-1).tolist()

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medcompile import metrics
 from medcompile.backends import Executor
 from medcompile.metrics import Predictions
+from medcompile.metrics.subgroups import NO_GROUP
 from medcompile.spec import Evidence, GraphSpec, Margin
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from medcompile.data import Dataset
+    from medcompile.data import Dataset, Item
     from medcompile.program import Feeds
 
     Array = np.ndarray[Any, Any]
+
+Flip = tuple[str, str]
+"""An item's name, and how its decision flipped: harmful, healed or other."""
+MOST_FLIPS = 1_000
 
 _ROOMS = {"image": "towers", "text": "towers", "generate": "decoder"}
 
@@ -47,12 +52,24 @@ class Setting:
 class Answers:
     """What answers are judged by. gold: the right ones, or None. units: each item's document, None where it has none.
 
-    labels: names by id of what gold holds.
+    labels: names by id of what gold holds. groups: by column of the data, each item's group. names: of the items, what
+    may be shown of them.
     """
 
     gold: Sequence[Array] | Array | None
     units: Sequence[str | None]
     labels: Sequence[str]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    names: Sequence[str] = ()
+
+
+def key_of(gold: Sequence[Array] | Array | None, items: Sequence[Item], labels: Sequence[str]) -> Answers:
+    """What answers to those items are judged by. An item is named by its id, or the beginning of its digest."""
+    named = [dict(item.groups) for item in items]
+    columns = dict.fromkeys(column for groups in named for column in groups)
+    groups = {column: [one.get(column) or NO_GROUP for one in named] for column in columns}
+    names = [item.id or item.digest[:12] for item in items]
+    return Answers(gold, [item.document or None for item in items], labels, groups, names)
 
 
 class Exam(Protocol):
@@ -95,7 +112,22 @@ def judge(
     """Evidence of one graph: every margin that is a metric of its task, and the task's other metrics, not judged."""
     task, key = exam.spec.name, exam.key
     own = [m for m in margins if metrics.is_metric(task, m.metric)]
-    return metrics.evaluate(task, own, reference, candidate, key.gold, key.units, key.labels)
+    return metrics.evaluate(task, own, reference, candidate, key.gold, key.units, key.labels, key.groups)
+
+
+def flips(exam: Exam, reference: Predictions, candidate: Predictions) -> tuple[Flip, ...]:
+    """The items whose decision the candidate changed, by name: MOST_FLIPS at most, harmful ones first."""
+    key = exam.key
+    found = metrics.flips(exam.spec.name, reference, candidate, key.gold, key.labels)
+    ranked = sorted(found, key=lambda flip: ("harmful", "other", "healed").index(flip[1]))
+    return tuple((key.names[index], kind) for index, kind in ranked[:MOST_FLIPS])
+
+
+def check(exam: Exam, margins: Sequence[Margin]) -> None:
+    """Raise UsageError where the budget names a label or a group that the model or the data lack."""
+    task, key = exam.spec.name, exam.key
+    own = [m for m in margins if metrics.is_metric(task, m.metric)]
+    metrics.check_margins(task, own, key.labels, key.groups)
 
 
 class Recorder(Executor):

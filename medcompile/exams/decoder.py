@@ -22,7 +22,7 @@ import numpy as np
 from medcompile.backends import Executor
 from medcompile.data import Item
 from medcompile.errors import DataError
-from medcompile.exams import Answers, Setting
+from medcompile.exams import Answers, Setting, key_of
 from medcompile.metrics import Predictions
 from medcompile.metrics.language import LIKELIEST
 from medcompile.runtime.decoder import StepBatch, StepModel
@@ -155,7 +155,7 @@ class DecoderExam:
     def key(self) -> Answers:
         numbers = {label: i for i, label in enumerate(self.choices)}
         gold = np.array([numbers[item.label] for item in self.items], np.int64) if numbers else None
-        return Answers(gold, [item.document or None for item in self.items], self.choices)
+        return key_of(gold, self.items, self.choices)
 
     def digests(self) -> tuple[str, ...]:
         return tuple(item.digest for item in self.items)

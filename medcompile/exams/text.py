@@ -12,7 +12,7 @@ import numpy as np
 from medcompile.backends import Executor
 from medcompile.data import Item
 from medcompile.errors import DataError
-from medcompile.exams import Answers, Recorder, Setting
+from medcompile.exams import Answers, Recorder, Setting, key_of
 from medcompile.metrics import Predictions
 from medcompile.runtime.encoder import Encoder
 from medcompile.runtime.text import TextAssets, read_json
@@ -49,7 +49,7 @@ class TextExam:
     @cached_property
     def key(self) -> Answers:
         gold = _gold(self.spec.name, self.asked, self.labels)
-        return Answers(gold, [q.item.document or None for q in self.asked], self.labels)
+        return key_of(gold, [q.item for q in self.asked], self.labels)
 
     def digests(self) -> tuple[str, ...]:
         return tuple(q.item.digest for q in self.asked)
@@ -72,10 +72,12 @@ class TextExam:
         task = self.spec.name
         encoder = Encoder(self.text, executors, {task: self.spec}, self.labels)
         if task == "token-classification":
-            return Predictions(encoder.label_words([q.item.words for q in asked]))
+            labels, sure = encoder.label_words([q.item.words for q in asked])
+            return Predictions(labels, confidences=sure)
         if task == "sequence-classification":
             pairs = [q.item.text_pair for q in asked]
-            return Predictions(encoder.class_ids([q.text for q in asked], pairs if any(pairs) else None))
+            classes, certain = encoder.class_ids([q.text for q in asked], pairs if any(pairs) else None)
+            return Predictions(classes, confidences=certain)
         if task == "fill-mask":
             return Predictions(encoder.mask_ids([q.text for q in asked]))
         values = encoder.embed([q.text for q in asked])

@@ -17,7 +17,7 @@ import numpy as np
 from medcompile.backends import Executor
 from medcompile.data import Item
 from medcompile.errors import DataError
-from medcompile.exams import Answers, Recorder, Setting
+from medcompile.exams import Answers, Recorder, Setting, key_of
 from medcompile.metrics import Predictions, partner_ranks
 from medcompile.runtime.towers import Towers
 from medcompile.spec import GraphSpec
@@ -43,7 +43,7 @@ class _Towers:
     def key(self) -> Answers:
         ids = {label: i for i, label in enumerate(self.prompts)}
         gold = np.array([ids[i.label] for i in self.items], np.int64) if ids else None
-        return Answers(gold, [item.document or None for item in self.items], tuple(self.prompts))
+        return key_of(gold, self.items, tuple(self.prompts))
 
     @property
     def captions(self) -> list[str]:

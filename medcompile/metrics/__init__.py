@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -15,26 +16,45 @@ from numpy.typing import NDArray
 
 from medcompile.errors import UsageError
 from medcompile.metrics.check import check_same_items
+from medcompile.metrics.decisions import COSTS_OF_ENTITIES, Kind, check_costs
+from medcompile.metrics.decisions import flips as flipped
 from medcompile.metrics.judge import ALONE, Step, holm, judge
 from medcompile.metrics.material import Material, MissingMaterial, Predictions, label_names, label_of, partner_ranks
 from medcompile.metrics.samples import LowestValue, Sample
-from medcompile.metrics.tasks import ITEM, METRICS, MOST_LABELS, RECALL_DEPTHS, Metric
+from medcompile.metrics.subgroups import GROUP, Subgroups, subgroups, worst_of
+from medcompile.metrics.tasks import BY_GROUP, ITEM, METRICS, MOST_LABELS, ON_DEMAND, RECALL_DEPTHS, Metric
 from medcompile.spec import Evidence, Margin, Verdict
 
-__all__ = ["Predictions", "check_names", "evaluate", "is_metric", "metric_names", "partner_ranks"]
+__all__ = [
+    "COSTS_OF_ENTITIES",
+    "Predictions",
+    "check_margins",
+    "check_names",
+    "evaluate",
+    "flips",
+    "is_cost",
+    "is_metric",
+    "metric_names",
+    "partner_ranks",
+]
 
 
 def metric_names(task: str) -> tuple[str, ...]:
     """What a budget may name for a task: "recall@k" stands for recall@1, recall@5 and so on, "recall[label]" for the
-    recall of any one label. Raises UsageError."""
+    recall of any one label, "recall[worst:group]" for the worst group of any column. Raises UsageError."""
     if task not in METRICS:
         raise UsageError(f"no metrics are known for task {task!r}", fix=f"use one of {', '.join(METRICS)}")
-    return tuple(METRICS[task])
+    return (*METRICS[task], *(name + GROUP for name in BY_GROUP.get(task, ())))
 
 
 def is_metric(task: str, name: str) -> bool:
     """True where a budget may name this metric for this task, if the model has the label that it names."""
     return _metric(task, name) is not None
+
+
+def is_cost(name: str) -> bool:
+    """True for the metric whose margin says what mistakes cost, and may be 1 or more."""
+    return (worst_of(name) or (name, ""))[0] == "cost"
 
 
 def check_names(task: str, names: Iterable[str], labels: Sequence[str]) -> None:
@@ -52,6 +72,23 @@ def check_names(task: str, names: Iterable[str], labels: Sequence[str]) -> None:
             raise UsageError(f"metric {name}: there is no label {label!r}", fix=fix)
 
 
+def check_margins(
+    task: str, margins: Sequence[Margin], labels: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise UsageError for margins that the task can't have, and where the data has no such labels or groups."""
+    check_names(task, [margin.metric for margin in margins], labels)
+    for margin in margins:
+        worst = worst_of(margin.metric)
+        if worst and worst[1] not in groups:
+            raise UsageError(
+                f"metric {margin.metric}: the evaluation data have no groups {worst[1]!r}"
+                + (f", only {', '.join(groups)}" if groups else ""),
+                fix=f"name the column in the data's manifest, as groups: {{{worst[1]}: COLUMN}}",
+            )
+        if margin.costs:
+            check_costs(task, margin.costs, labels)
+
+
 def evaluate(
     task: str,
     margins: Sequence[Margin],
@@ -60,35 +97,37 @@ def evaluate(
     gold: Sequence[NDArray[np.generic]] | NDArray[np.generic] | None = None,
     units: Sequence[Hashable | None] | None = None,
     labels: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Evidence, ...]:
     """Test the candidate against the reference on the same items, metric by metric.
 
     gold: the right answers, shaped like Predictions.values, or None; for image and text the class of every image.
     units: the document of each item (None for an item that stands alone); items of one document are not taken as
-    independent. labels: label names, index = id; for image and text the classes of Predictions.scores.
+    independent. labels: label names, index = id; for image and text the classes of Predictions.scores. groups: by
+    column of the data, the group of each item.
     Returns the evidence of every margin, in their order, then of the task's other metrics, which are not judged. The
     margins are one family, stepped down by Holm: that any is falsely called non-inferior is as rare as each alone.
     A candidate that answers with NaN or Inf anywhere is inferior by every margin.
     Raises UsageError for a metric or label that the task lacks, DataError where predictions do not match or a margin
     asks for what the data can't tell.
     """
-    check_names(task, [margin.metric for margin in margins], labels)
+    check_margins(task, margins, labels, groups or {})
     documents = units is not None and any(unit is not None for unit in units)
     items = _items(task, reference, gold) if units is None else len(units)
-    material = Material(task, reference, candidate, gold, _unit_index(units, items), labels)
+    material = Material(task, reference, candidate, gold, _unit_index(units, items), labels, groups or {})
     check_same_items(material)
 
-    def sampled(name: str) -> Sample:
+    def sampled(name: str, of: Material = material) -> Sample | Subgroups:
         metric = _metric(task, name)
         assert metric is not None
-        return metric(name, material)
+        return subgroups(name, metric, of) if worst_of(name) else metric(name, of)
 
-    def judged(name: str, sample: Sample, margin: Margin | None = None, step: Step = ALONE) -> Evidence:
+    def judged(name: str, sample: Sample | Subgroups, margin: Margin | None = None, step: Step = ALONE) -> Evidence:
         text = task == "text" and name.startswith("cosine")  # of the texts, which belong to no document
         unit = "text" if text else "document" if documents else ITEM.get(task, "item")
         return judge(sample, margin, metric=name, unit=unit, graph=task, step=step)
 
-    tested = [(sampled(margin.metric), margin) for margin in margins]
+    tested = [(sampled(m.metric, replace(material, costs=m.costs) if m.costs else material), m) for m in margins]
     family = [(s, m) for s, m in tested if not isinstance(s, LowestValue)]
     steps = dict(zip([m.metric for _, m in family], holm(family), strict=True))
     evidence = [judged(m.metric, s, m, steps.get(m.metric, ALONE)) for s, m in tested]
@@ -101,12 +140,33 @@ def evaluate(
                 evidence.append(judged(name, sampled(name)))
         except MissingMaterial:
             continue
+    for column, name in _reported_groups(task, material):
+        with suppress(MissingMaterial):
+            found = subgroups(f"{name}[worst:{column}]", METRICS[task][name], material)
+            evidence += [judged(f"{name}[{column}:{group}]", sample) for group, sample in found.samples.items()]
     return tuple(evidence)
+
+
+def flips(
+    task: str,
+    reference: Predictions,
+    candidate: Predictions,
+    gold: Sequence[NDArray[np.generic]] | NDArray[np.generic] | None = None,
+    labels: Sequence[str] = (),
+) -> list[tuple[int, Kind]]:
+    """The items whose decision the candidate changed, in order, and how: harmful, healed or other (decisions.py).
+
+    Arguments as evaluate has them. Empty for tasks without decisions, as embed.
+    """
+    items = _items(task, reference, gold)
+    return flipped(Material(task, reference, candidate, gold, np.arange(items, dtype=np.int64), labels))
 
 
 def _metric(task: str, name: str) -> Metric | None:
     if name.endswith("@k"):
         return None
+    if (worst := worst_of(name)) is not None:
+        return METRICS[task][worst[0]] if worst[0] in BY_GROUP.get(task, ()) else None
     return METRICS.get(task, {}).get(re.sub(r"\[.+\]$", "[label]", re.sub(r"@[1-9][0-9]*$", "@k", name)))
 
 
@@ -117,11 +177,17 @@ def _reported(task: str, labels: Sequence[str]) -> list[str]:
     for name in METRICS[task]:
         if name.endswith("@k"):
             names += [name[:-1] + str(depth) for depth in RECALL_DEPTHS]
-        elif not name.endswith("[label]"):
+        elif not name.endswith("[label]") and name not in ON_DEMAND:
             names.append(name)
-        elif 1 < len(known) <= MOST_LABELS:
+        elif name.endswith("[label]") and 1 < len(known) <= MOST_LABELS:
             names += [name.replace("[label]", f"[{label}]") for label in known]
     return names
+
+
+def _reported_groups(task: str, m: Material) -> list[tuple[str, str]]:
+    """Column and metric, for the columns that have few enough groups to show each."""
+    few = [column for column, values in m.groups.items() if 1 < len(set(values)) <= MOST_LABELS]
+    return [(column, name) for column in few for name in BY_GROUP.get(task, ()) if name not in ON_DEMAND]
 
 
 def _items(task: str, reference: Predictions, gold: Sequence[object] | NDArray[np.generic] | None) -> int:

@@ -41,6 +41,9 @@ def _check_words(m: Material) -> None:
         for i, (first, second) in enumerate(zip(reference, others, strict=True)):
             if len(np.asarray(first)) != len(np.asarray(second)):
                 raise DataError(f"{m.task}: item {i} has another number of words than the reference", fix=_FIX)
+    for p in m.both:
+        if p.confidences is not None and [*map(len, p.confidences)] != [*map(len, reference)]:
+            raise DataError(f"{m.task}: confidences are not one for each word", fix=_FIX)
     for name, sentences in (("reference", reference), ("candidate", candidate), ("gold", gold or [])):
         _check_ids(m, name, np.concatenate([np.zeros(0, np.int64), *(np.asarray(s, np.int64) for s in sentences)]))
     if not sum(len(np.asarray(s)) for s in reference):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 _TAGS = "OBIES"
 _O, _B, _I, _E, _S = range(5)
@@ -55,27 +56,41 @@ def entity_spans(words: Ints, tags: Ints, types: Ints) -> tuple[Ints, Ints, Ints
     return first, np.flatnonzero(ends) - 1, kind[first]
 
 
+@dataclass(frozen=True)
+class _Spans:
+    """Entities of sentences laid end to end. sentence: the one that each is in. keys: equal for equal entities."""
+
+    sentence: Ints
+    kind: Ints
+    keys: Ints
+
+
+def _spans(sentences: Sequence[Ints], labels: Sequence[str]) -> _Spans:
+    tags, types, names = entity_types([*labels, "O"])
+    separator = np.array([len(labels)], dtype=np.int64)
+    words = np.concatenate([part for sentence in sentences for part in (sentence, separator)])
+    first, last, kind = entity_spans(words, tags, types)
+    sentence = np.repeat(np.arange(len(sentences)), [len(one) + 1 for one in sentences])[first]
+    return _Spans(sentence, kind, (first * len(words) + last) * max(len(names), 1) + kind)
+
+
 def count_entities(gold: Sequence[Ints], predicted: Sequence[Ints], unit: Ints, labels: Sequence[str]) -> EntityCounts:
     """Count entities per unit. gold, predicted: label ids per sentence; unit: the unit's index of every sentence.
 
     An entity is right when its first word, last word and type all agree with one in the gold labels.
     """
-    tags, types, names = entity_types([*labels, "O"])
-    separator = np.array([len(labels)], dtype=np.int64)
-    width = max(len(names), 1)
-    word_unit = np.repeat(unit, [len(sentence) + 1 for sentence in gold])
-
-    def spans(sentences: Sequence[Ints]) -> tuple[Ints, Ints]:
-        """Where each entity begins, as unit x types + type, and a key that equal entities share."""
-        words = np.concatenate([part for sentence in sentences for part in (sentence, separator)])
-        first, last, kind = entity_spans(words, tags, types)
-        return word_unit[first] * width + kind, (first * len(words) + last) * width + kind
-
+    width = max(len(entity_types(labels)[2]), 1)
     units = int(unit.max()) + 1
 
-    def per_unit(cells: Ints) -> Ints:
+    def per_unit(spans: _Spans, of: Bools | slice = slice(None)) -> Ints:
+        cells = (unit[spans.sentence] * width + spans.kind)[of]
         return np.bincount(cells, minlength=units * width).reshape(units, width)
 
-    gold_cells, gold_keys = spans(gold)
-    cells, keys = spans(predicted)
-    return EntityCounts(per_unit(gold_cells), per_unit(cells), per_unit(cells[np.isin(keys, gold_keys)]))
+    true, said = _spans(gold, labels), _spans(predicted, labels)
+    return EntityCounts(per_unit(true), per_unit(said), per_unit(said, np.isin(said.keys, true.keys)))
+
+
+def found_entities(gold: Sequence[Ints], predicted: Sequence[Ints], labels: Sequence[str]) -> tuple[Ints, Bools]:
+    """The sentence of each entity in the gold labels, and whether it is among the predicted ones. [entities] each."""
+    true = _spans(gold, labels)
+    return true.sentence, np.isin(true.keys, _spans(predicted, labels).keys)

@@ -5,10 +5,12 @@ What a sample counts, and how its bounds come about, is not known here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from medcompile.metrics.samples import LowestValue, Sample
+from medcompile.metrics.subgroups import Subgroups
 from medcompile.spec import Evidence, Margin, Verdict
 
 _POWER = 0.8
@@ -35,11 +37,13 @@ class Step:
 ALONE = Step()
 
 
-def holds(sample: Sample, margin: Margin, level: float) -> bool:
-    """True where the lower bound at that level rules out a drop of the margin.
+def holds(sample: Sample | Subgroups, margin: Margin, level: float) -> bool:
+    """True where the lower bound at that level rules out a drop of the margin; of subgroups, in every one of them.
 
     A margin that a single event would already exceed can't be kept or broken by data.
     """
+    if isinstance(sample, Subgroups):
+        return not sample.empty and all(holds(part, margin, level) for part in sample.samples.values())
     return not _below_one_event(sample, margin) and sample.difference - sample.widths(level)[0] > -margin.max_drop
 
 
@@ -47,20 +51,25 @@ def _below_one_event(sample: Sample, margin: Margin) -> bool:
     return margin.max_drop * sample.events < 1.0
 
 
-def p_value(sample: Sample, margin: Margin) -> float:
+def _is_inferior(sample: Sample, margin: Margin, level: float) -> bool:
+    below = sample.difference + sample.widths(level)[1] < -margin.max_drop
+    return below and not _below_one_event(sample, margin)
+
+
+def p_value(sample: Sample | Subgroups, margin: Margin) -> float:
     """Of a drop of the margin or more: the smallest level at which it is ruled out. 1 for a margin below one event.
 
-    Above 0.5, where the bounds say nothing of their own, it is what the upper bound leaves.
+    Above 0.5, where the bounds say nothing of their own, it is what the upper bound leaves. Of subgroups: the largest.
     """
+    if isinstance(sample, Subgroups):
+        return 1.0 if sample.empty else max(p_value(part, margin) for part in sample.samples.values())
     if _below_one_event(sample, margin):
         return 1.0
     if holds(sample, margin, _EVEN):
         return _least(lambda level: holds(sample, margin, level))
-
-    def broken(level: float) -> bool:
-        return sample.difference + sample.widths(level)[1] < -margin.max_drop
-
-    return 1.0 - _least(broken) if broken(_EVEN) else _EVEN
+    if not _is_inferior(sample, margin, _EVEN):
+        return _EVEN
+    return 1.0 - _least(lambda level: _is_inferior(sample, margin, level))
 
 
 def _least(true: Callable[[float], bool]) -> float:
@@ -74,7 +83,7 @@ def _least(true: Callable[[float], bool]) -> float:
     return high
 
 
-def holm(family: Sequence[tuple[Sample, Margin]]) -> list[Step]:
+def holm(family: Sequence[tuple[Sample | Subgroups, Margin]]) -> list[Step]:
     """The step of each metric: of k, the one whose p-value is smallest for its level is judged at its level / k, the
     next at its level / (k - 1), and so on; after the first that fails none passes, and all are told at that divisor.
 
@@ -95,18 +104,33 @@ def holm(family: Sequence[tuple[Sample, Margin]]) -> list[Step]:
     return [steps[i] for i in range(size)]
 
 
-def verdict(sample: Sample, margin: Margin, step: Step = ALONE) -> tuple[Verdict, str]:
+def verdict(sample: Sample | Subgroups, margin: Margin, step: Step = ALONE) -> tuple[Verdict, str]:
     """Where the one-sided bounds of the difference stand against the margin, and a note where they don't decide.
 
-    Non-inferior at the step's level; inferior where the upper bound at the margin's own shows it.
+    Non-inferior at the step's level; inferior where the upper bound at the margin's own shows it (of any of k
+    subgroups, at that divided by k).
     """
+    if holds(sample, margin, step.level(margin)):
+        return Verdict.NON_INFERIOR, ""
+    if isinstance(sample, Subgroups):
+        return (Verdict.INFERIOR if _worse(sample, margin) else Verdict.INCONCLUSIVE), _too_small(sample, margin)
     if _below_one_event(sample, margin):
         note = f"a margin of {margin.max_drop:g} is less than one event in {sample.events:g}"
         return Verdict.INCONCLUSIVE, note
-    if holds(sample, margin, step.level(margin)):
-        return Verdict.NON_INFERIOR, ""
-    above = sample.widths(1.0 - margin.confidence)[1]
-    return (Verdict.INFERIOR if sample.difference + above < -margin.max_drop else Verdict.INCONCLUSIVE), ""
+    return (Verdict.INFERIOR if _is_inferior(sample, margin, ALONE.level(margin)) else Verdict.INCONCLUSIVE), ""
+
+
+def _worse(groups: Subgroups, margin: Margin) -> list[str]:
+    """The groups of which the loss is shown, each tested at the margin's level divided by their number."""
+    level = ALONE.level(margin) / len(groups.samples)
+    return [name for name, part in groups.samples.items() if _is_inferior(part, margin, level)]
+
+
+def _too_small(groups: Subgroups, margin: Margin) -> str:
+    """Which groups can't be judged at that margin: no such group may be passed over."""
+    small = {name: part.samples for name, part in groups.samples.items() if _below_one_event(part, margin)}
+    told = ", ".join(f"{name} ({count})" for name, count in sorted({**groups.empty, **small}.items()))
+    return f"too small to judge: {told}" if told else ""
 
 
 def samples_for_power(sample: Sample, margin: float, alpha: float) -> int | None:
@@ -122,41 +146,55 @@ def samples_for_power(sample: Sample, margin: float, alpha: float) -> int | None
     return max(2, round(high * sample.samples + 0.5))
 
 
-def judge(sample: Sample, margin: Margin | None, *, metric: str, unit: str, graph: str, step: Step = ALONE) -> Evidence:
-    """Test one metric. Without a margin the interval (at 95 %) is reported and nothing is judged."""
+def judge(
+    sample: Sample | Subgroups, margin: Margin | None, *, metric: str, unit: str, graph: str, step: Step = ALONE
+) -> Evidence:
+    """Test one metric. Without a margin the interval (at 95 %) is reported and nothing is judged.
+
+    Of subgroups the one with the lowest lower bound is shown, or one whose loss is; the power is that of all together.
+    """
     confidence, alpha = (step.confidence(margin), step.level(margin)) if margin else (0.95, 0.05)
-    difference = sample.difference
-    below, _ = sample.widths(alpha)
-    outer = sample.widths(alpha / 2)
     outcome: Verdict | None = None
     power: float | None = None
     needed: int | None = None
-    note = ""
+    notes: list[str] = []
+    parts: list[Sample] = []
+    shown = sample
     if margin:
         outcome, note = verdict(sample, margin, step)
-        if isinstance(sample, LowestValue):
-            note = sample.unseen(confidence, unit)
-        elif margin.max_drop > 0:
-            power = sample.power(margin.max_drop, alpha)
-            needed = samples_for_power(sample, margin.max_drop, alpha)
+        notes = [note, step.note]
+    if isinstance(sample, Subgroups):
+        worse = _worse(sample, margin) if margin else []
+        name = worse[0] if worse else sample.lowest(alpha)
+        shown, parts = sample.samples[name], list(sample.samples.values())
+        notes.insert(0, f"the worst of {len(parts) + len(sample.empty)} groups by {sample.column}: {name}")
+    assert not isinstance(shown, Subgroups)
+    if margin and isinstance(shown, LowestValue):
+        notes = [shown.unseen(confidence, unit)]
+    elif margin and margin.max_drop > 0:
+        power = math.prod(part.power(margin.max_drop, alpha) for part in parts or [shown])
+        needed = samples_for_power(shown, margin.max_drop, alpha)
+    difference = shown.difference
+    below, _ = shown.widths(alpha)
+    outer = shown.widths(alpha / 2)
     return Evidence(
         metric=metric,
-        reference=sample.reference,
-        value=sample.value,
+        reference=shown.reference,
+        value=shown.value,
         difference=difference,
         lower=difference - below,
         interval=(difference - outer[0], difference + outer[1]),
         confidence=confidence,
-        samples=sample.samples,
-        units=sample.units,
+        samples=shown.samples,
+        units=shown.units,
         unit=unit,
-        method=sample.method(),
+        method=shown.method(),
         margin=margin.max_drop if margin else None,
         verdict=outcome,
-        discordant=sample.discordant,
+        discordant=shown.discordant,
         power=power,
         samples_needed=needed,
         graph=graph,
-        note="; ".join(part for part in (note, step.note) if part),
+        note="; ".join(note for note in notes if note),
         p_value=step.p_value,
     )

@@ -7,8 +7,8 @@ pairs.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 VECTORS = ("embed", "image", "text")
 """Tasks whose values are vectors."""
 QUERIES_AT_ONCE = 1024
-_LABEL = re.compile(r"\[(.+)\]$")
+_LABEL = re.compile(r"\[(?!worst:)(.+)\]$")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Predictions:
     text: embeddings of the texts asked, float32 [texts, dim]; generate: log-likelihoods of each text's tokens, natural,
     float32 [tokens] per item.
     passages: embed on query/passage data: float32 [m, hidden], m >= n; passage i answers query i, the rest distract.
+    confidences: token-classification and sequence-classification: the probability of each value, shaped like values;
+    None where nobody kept it.
     scores: image and text: zero-shot probabilities, float [images, classes]; generate: how likely each answer to choose
     from is, a mean log-likelihood, [items, answers].
     image_to_text, text_to_image: image and text: the rank of each image's own text among all texts, and of each text's
@@ -54,6 +56,7 @@ class Predictions:
     positions: Ints | None = None
     kept_ids: NDArray[np.integer] | None = None
     kept_logs: NDArray[np.floating] | None = None
+    confidences: Sequence[NDArray[np.floating]] | NDArray[np.floating] | None = None
 
 
 class MissingMaterial(DataError):
@@ -65,6 +68,7 @@ class Material:
     """Everything that a metric of one task may look at, on the same items. unit: int [items], from 0, no gaps.
 
     The items of image and text are images; the texts that the task text embeds are other ones, and each stands alone.
+    groups: by column, the group of every item. costs: Margin.costs.
     """
 
     task: str
@@ -73,6 +77,8 @@ class Material:
     gold: Sequence[NDArray[np.generic]] | NDArray[np.generic] | None
     unit: Ints
     labels: Sequence[str]
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    costs: Mapping[str, Mapping[str, float] | float] = field(default_factory=dict)
 
     @property
     def items(self) -> int:
@@ -104,6 +110,26 @@ class Material:
                 fix="name a labelled set of images under evaluation.data, or budget cosine instead",
             )
         return matrix(self.reference.scores), matrix(self.candidate.scores)
+
+    def confidences(self, metric: str) -> tuple[Floats, Floats]:
+        """The probability of what the reference and the candidate chose: of each word, or of each item.
+
+        Raises MissingMaterial where one of them was not asked for it.
+        """
+        if self.task in VECTORS:
+            reference, candidate = (s.max(axis=1) for s in self.scores(metric))
+            return reference, candidate
+        if self.reference.confidences is None or self.candidate.confidences is None:
+            raise MissingMaterial(
+                f"metric {metric} needs the reference's confidences, and none were kept",
+                fix="build the bundle again with this version of medcompile",
+            )
+        words = self.task == "token-classification"
+        reference, candidate = (
+            np.concatenate([*map(matrix, c)]) if words else matrix(c)
+            for c in (self.reference.confidences, self.candidate.confidences)
+        )
+        return reference, candidate
 
     def ranks(self, metric: str) -> tuple[Ints, Ints]:
         """Partners' ranks in the metric's direction. Raises MissingMaterial where the images have no texts."""
@@ -174,6 +200,14 @@ class Material:
         return matrix(self.reference.passages), matrix(self.candidate.passages)
 
 
+def without_entities(metric: str) -> MissingMaterial:
+    """The error of evaluation data that hold no entity at all."""
+    return MissingMaterial(
+        f"metric {metric}: the evaluation data hold no entity",
+        fix="name a set that holds some under evaluation.data, and check the manifest's keep",
+    )
+
+
 def no_item_with(metric: str, label: str) -> MissingMaterial:
     """The error of a label that the evaluation data lack."""
     return MissingMaterial(
@@ -183,7 +217,7 @@ def no_item_with(metric: str, label: str) -> MissingMaterial:
 
 
 def label_of(metric: str) -> str | None:
-    """The label that a metric's name holds in brackets: "Disease" of "recall[Disease]"."""
+    """The label that a metric's name holds in brackets: "Disease" of "recall[Disease]". "[worst:site]" holds none."""
     found = _LABEL.search(metric)
     return found[1] if found else None
 

@@ -16,7 +16,7 @@ from medcompile.metrics.material import Ints, Material, MissingMaterial, per_uni
 from medcompile.metrics.samples import PairedFlips, PairedTotals, Sample, UnitTotals
 
 
-def _decided(scores: Floats) -> Ints:
+def decided(scores: Floats) -> Ints:
     """The class of the highest score in each row; -1, which is never right, where a score is NaN or Inf."""
     return np.where(np.isfinite(scores).all(axis=1), scores.argmax(axis=1), -1)
 
@@ -24,12 +24,12 @@ def _decided(scores: Floats) -> Ints:
 def _accuracy(name: str, m: Material) -> Sample:
     """Share of images whose likeliest class is the right one, over all images or over those of one class."""
     gold, of = np.asarray(m.known(name)), m.of_classes(name)
-    reference, candidate = (_decided(s) == gold for s in m.scores(name))
+    reference, candidate = (decided(s) == gold for s in m.scores(name))
     return PairedFlips(reference[of], candidate[of], renumbered(m.unit[of]))
 
 
 def _agreement(name: str, m: Material) -> Sample:
-    reference, candidate = (_decided(s) for s in m.scores(name))
+    reference, candidate = (decided(s) for s in m.scores(name))
     return PairedFlips(np.ones(m.items, dtype=bool), reference == candidate, m.unit, one_way=True)
 
 
@@ -83,7 +83,7 @@ def auroc_sample(
     totals = UnitTotals(
         per_unit(unit, np.concatenate([mine, ~mine], axis=1)), placements(reference), placements(candidate), resamples
     )
-    same = (_decided(reference) == _decided(candidate)).sum()
+    same = (decided(reference) == decided(candidate)).sum()
     return PairedTotals(
         totals,
         lambda counts, sums: (share(sums, counts)[..., :k] + share(sums, counts)[..., k:]).mean(axis=-1),

@@ -29,7 +29,6 @@ Ints = NDArray[np.int64]
 
 FEW_EVENTS = 60.0
 """Below this many (effective) events a bootstrap is too sure (6 % false at 50 of them); they are counted instead."""
-_WIDEST = 2.0  # no metric here can move further
 _PRIOR_UNITS = 2.0  # weight, in differing units, of the clump size assumed before any flip was seen
 
 
@@ -68,21 +67,24 @@ class Sample(Protocol):
 
 @dataclass(frozen=True)
 class _Events:
-    """A difference as events of one size: how many losses and gains. one_way: nothing can be gained."""
+    """A difference as events of one size: how many losses and gains. one_way: nothing can be gained. scale: how far
+    the metric reaches, so that scale / size is how many events there could be."""
 
     losses: float
     gains: float
     size: float
     one_way: bool = False
+    scale: float = 1.0
 
     def widths(self, alpha: float) -> tuple[float, float]:
-        return event_widths(self.losses, self.gains, self.size, alpha)
+        below, above = event_widths(self.losses, self.gains, self.size / self.scale, alpha)
+        return below * self.scale, above * self.scale
 
     def power(self, margin: float, alpha: float, growth: float) -> float:
         """Power when the seen events fall evenly on both sides (or all on one) and there are growth times as many."""
         total = (self.losses + self.gains) * growth
         split = (total, 0.0) if self.one_way else (total / 2, total / 2)
-        room = margin - event_widths(*split, self.size / growth, alpha)[0]
+        room = margin - _Events(*split, self.size / growth, scale=self.scale).widths(alpha)[0]
         error = math.sqrt(total) * self.size / growth
         return NORMAL.cdf(room / error) if error > 0 else float(room > 0)
 
@@ -187,10 +189,32 @@ class PairedFlips:
 
     def widths(self, alpha: float) -> tuple[float, float]:
         below, above = self._events.widths(alpha)
-        return below, min(above, self.reference - self.value) if self.one_way else above
+        return below, min(above, -self.difference) if self.one_way else above
 
     def power(self, margin: float, alpha: float, growth: float = 1.0) -> float:
         return self._events.power(margin, alpha, growth)
+
+
+@dataclass(frozen=True)
+class FlippedShare(PairedFlips):
+    """The share of observations that flipped, of which less is better: the complement of an agreement.
+
+    The reference's share is 0 by definition, and the margin is the largest share that is tolerated.
+    """
+
+    one_way: bool = True
+
+    @property
+    def reference(self) -> float:
+        return 0.0
+
+    @property
+    def value(self) -> float:
+        return 1.0 - float(self.candidate_right.mean())
+
+    @property
+    def difference(self) -> float:
+        return -self.value
 
 
 @dataclass(frozen=True)
@@ -217,7 +241,7 @@ class PairedTotals:
 
     largest: the most that one item can move the score; None where all weigh alike, score / samples.
     resolution: differences below it are rounding, and no interval is narrower than it on either side (0 for metrics
-    made of decisions, where too few events switch to counting events instead).
+    made of decisions, where too few events switch to counting events instead). scale: how far the score reaches.
     """
 
     totals: UnitTotals
@@ -227,6 +251,7 @@ class PairedTotals:
     discordant: int | None = None
     resolution: float = 0.0
     largest: float | None = None
+    scale: float = 1.0
 
     def _scores(self, totals: Floats) -> tuple[Floats, Floats]:
         c = self.totals.common.shape[1]
@@ -234,9 +259,11 @@ class PairedTotals:
         common = totals[..., :c]
         return self.score(common, totals[..., c : c + m]), self.score(common, totals[..., c + m :])
 
+    def _gain(self, before: Floats, after: Floats) -> Floats:
+        return after - before
+
     def _difference(self, totals: Floats) -> Floats:
-        reference, candidate = self._scores(totals)
-        return candidate - reference
+        return self._gain(*self._scores(totals))
 
     @cached_property
     def _values(self) -> tuple[float, float]:
@@ -260,6 +287,10 @@ class PairedTotals:
         return len(self.totals.rows)
 
     @property
+    def _widest(self) -> float:
+        return 2.0 * self.scale  # there and back: no difference is larger
+
+    @property
     def counted(self) -> bool:
         """True where too few units move the metric for a bootstrap."""
         return self.resolution == 0.0 and self._events.losses + self._events.gains < FEW_EVENTS
@@ -277,14 +308,14 @@ class PairedTotals:
         """
         common, candidate = self.totals.common.sum(axis=0), self.totals.candidate.sum(axis=0)
         restored = self.score(common, candidate - self.totals.candidate + self.totals.reference)
-        shifts = self.score(common, candidate) - restored
+        shifts = self._gain(restored, self.score(common, candidate))
         items = max(self.samples, self.units)
         largest = max(self.reference, 1e-9) / items if self.largest is None else self.largest
         expected = largest * math.sqrt(items / self.units)
         first, second, third = (float((np.abs(shifts) ** k).sum()) + _PRIOR_UNITS * expected**k for k in (1, 2, 3))
         share = second / first / (third / second) ** 2
         losses, gains = float(-shifts[shifts < 0].sum()), float(shifts[shifts > 0].sum())
-        return _Events(losses * share, gains * share, third / second)
+        return _Events(losses * share, gains * share, third / second, scale=self.scale)
 
     def method(self) -> str:
         if self.units < 2:
@@ -299,17 +330,17 @@ class PairedTotals:
         if self.counted:
             return self._events.widths(alpha)
         if alpha * self.totals.resamples < 1.0:  # so far out no resample lies
-            return _WIDEST, _WIDEST
+            return self._widest, self._widest
         error, scaled = self._studentized
         widths = np.quantile(scaled, 1.0 - alpha, method="higher"), -np.quantile(scaled, alpha, method="lower")
-        below, above = (min(error * max(float(w), 0.0), _WIDEST) if error > 0 else 0.0 for w in widths)
+        below, above = (min(error * max(float(w), 0.0), self._widest) if error > 0 else 0.0 for w in widths)
         return max(below, self.resolution), max(above, self.resolution)
 
     def power(self, margin: float, alpha: float, growth: float = 1.0) -> float:
         if self.counted:
             return self._events.power(margin, alpha, growth)
         error = max(self._studentized[0], self.resolution) / math.sqrt(growth)
-        return NORMAL.cdf(margin / error - NORMAL.inv_cdf(1.0 - alpha))
+        return NORMAL.cdf(margin / error - NORMAL.inv_cdf(1.0 - alpha)) if error > 0 else float(margin > 0)
 
 
 @dataclass(frozen=True)
@@ -318,12 +349,11 @@ class PairedCost(PairedTotals):
 
     relative: bool = False
 
-    def _difference(self, totals: Floats) -> Floats:
-        reference, candidate = self._scores(totals)
-        return (reference - candidate) / (reference if self.relative else 1.0)
+    def _gain(self, before: Floats, after: Floats) -> Floats:
+        return (before - after) / (before if self.relative else 1.0)
 
     def widths(self, alpha: float) -> tuple[float, float]:
-        return super().widths(alpha) if self.units > 1 else (_WIDEST, _WIDEST)
+        return super().widths(alpha) if self.units > 1 else (self._widest, self._widest)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from medcompile.metrics.calibration import METRICS as CALIBRATION
+from medcompile.metrics.decisions import METRICS as DECISIONS
 from medcompile.metrics.intervals import Floats
 from medcompile.metrics.language import METRICS as LANGUAGE
 from medcompile.metrics.material import (
@@ -151,7 +153,14 @@ def _nearest_neighbour_agreement(name: str, m: Material) -> Sample:
 
 Metric = Callable[[str, Material], Sample]
 
-_OF_PAIRS: Mapping[str, Metric] = {**PAIRS, "cosine": _cosine, "cosine_worst": _cosine_worst}
+_FLIPS: Mapping[str, Metric] = {name: DECISIONS[name] for name in ("flips", "harmful_flips")}
+_OF_PAIRS: Mapping[str, Metric] = {
+    **PAIRS,
+    "cosine": _cosine,
+    "cosine_worst": _cosine_worst,
+    **DECISIONS,
+    **CALIBRATION,
+}
 
 METRICS: Mapping[str, Mapping[str, Metric]] = {
     "token-classification": {
@@ -162,14 +171,18 @@ METRICS: Mapping[str, Mapping[str, Metric]] = {
         "f1[label]": _entity_metric,
         "precision[label]": _entity_metric,
         "recall[label]": _entity_metric,
+        **DECISIONS,
+        **CALIBRATION,
     },
     "sequence-classification": {
         "accuracy": _accuracy,
         "macro_f1": _macro_f1,
         "agreement": _agreement,
         "accuracy[label]": _accuracy,
+        **DECISIONS,
+        **CALIBRATION,
     },
-    "fill-mask": {"top1_agreement": _agreement, "accuracy": _accuracy},
+    "fill-mask": {"top1_agreement": _agreement, "accuracy": _accuracy, **_FLIPS},
     "embed": {
         "cosine": _cosine,
         "recall@k": _recall_at,
@@ -178,9 +191,22 @@ METRICS: Mapping[str, Mapping[str, Metric]] = {
     },
     "image": _OF_PAIRS,
     "text": _OF_PAIRS,
-    "generate": LANGUAGE,
+    "generate": {**LANGUAGE, **_FLIPS},
 }
 """What a budget may name, by task; adding a metric is one entry here."""
+
+_OF_DECISIONS = ("flips", "harmful_flips", "cost", "ece")
+BY_GROUP: Mapping[str, tuple[str, ...]] = {
+    "token-classification": ("f1", "precision", "recall", "agreement", *_OF_DECISIONS),
+    "sequence-classification": ("accuracy", "macro_f1", "agreement", *_OF_DECISIONS),
+    "image": ("accuracy", "auroc", "agreement", *_OF_DECISIONS),
+    "text": ("accuracy", "auroc", "agreement", *_OF_DECISIONS),
+    "generate": ("accuracy", "perplexity", *_FLIPS),
+}
+"""The metrics that a budget may name of the worst subgroup, by task: those that hold for a part of the items."""
+
+ON_DEMAND = ("cost", "flips")
+"""Metrics that are told only where a margin asks: cost means nothing without costs, and flips is 1 - agreement."""
 
 RECALL_DEPTHS = (1, 5)
 """The k that recall@k is reported at where no margin names one."""

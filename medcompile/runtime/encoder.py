@@ -133,20 +133,26 @@ class Encoder:
 
     # ---- answers as bare ids, for evaluation
 
-    def label_words(self, sentences: Sequence[Sequence[str]]) -> list[Array]:
-        """The label id of each word of each sentence, int64 [words]; a word without tokens gets the outside label."""
+    def label_words(self, sentences: Sequence[Sequence[str]]) -> tuple[list[Array], list[Array]]:
+        """The label id of each word of each sentence and its probability, int64 and float32 [words].
+
+        A word without tokens gets the outside label, with probability 1.
+        """
         tokens = self.text.encode_words(checked_words(sentences))
-        found = []
+        labels, confidences = [], []
         for sentence, t, logits in zip(sentences, tokens, self._token_logits(tokens), strict=True):
-            ids = np.full(len(sentence), self._scheme.outside, np.int64)
+            ids, sure = np.full(len(sentence), self._scheme.outside, np.int64), np.ones(len(sentence), np.float32)
             first = first_tokens(t)
             ids[t.words[first]] = logits[first].argmax(axis=1)
-            found.append(ids)
-        return found
+            sure[t.words[first]] = _softmax(logits[first]).max(axis=1, initial=0.0)
+            labels.append(ids)
+            confidences.append(sure)
+        return labels, confidences
 
-    def class_ids(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
-        """The most probable class of each text, int64 [n]."""
-        return np.asarray(self._class_probabilities(texts, pairs).argmax(axis=1))
+    def class_ids(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[Array, Array]:
+        """The most probable class of each text and its probability, int64 and float32 [n]."""
+        probabilities = self._class_probabilities(texts, pairs)
+        return probabilities.argmax(axis=1), probabilities.max(axis=1, initial=0.0).astype(np.float32)
 
     def mask_ids(self, texts: Sequence[str]) -> Array:
         """The most probable token at every mask token, int64 [masks], in reading order over all texts."""

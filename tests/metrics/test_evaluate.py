@@ -132,7 +132,7 @@ def test_entity_metrics_share_units_and_are_the_same_in_every_run() -> None:
     ]
     assert runs[0] == runs[1]
     found = by_name(runs[0])
-    assert set(found) == {"f1", "precision", "recall", "agreement"}
+    assert set(found) == {"f1", "precision", "recall", "agreement", "harmful_flips"}
     assert (found["f1"].samples, found["f1"].units, found["agreement"].samples) == (300, 100, 3_600)
     assert "studentized" in runs[2][0].method
     assert found["f1"].lower < found["f1"].difference < found["f1"].interval[1]
@@ -194,7 +194,7 @@ def test_one_document_alone_proves_nothing() -> None:
 def test_fill_mask_reports_agreement_and_accuracy() -> None:
     reference, candidate, gold = classes(300, lost=3)
     found = by_name(evaluate("fill-mask", [Margin("top1_agreement", 0.05)], reference, candidate, gold))
-    assert set(found) == {"top1_agreement", "accuracy"}
+    assert set(found) == {"top1_agreement", "accuracy", "harmful_flips"}
     assert found["top1_agreement"].value == pytest.approx(0.99)
     assert (found["top1_agreement"].reference, found["top1_agreement"].verdict) == (1.0, Verdict.NON_INFERIOR)
 

@@ -117,24 +117,31 @@ def test_extract_gives_one_list_for_a_text_and_a_list_of_lists_for_several() -> 
 
 def test_the_tokens_labels_are_the_models_own() -> None:
     text = "the patient denies chest pain"
-    ids = alone("token-classification", text)[1:-1].argmax(1)
-    assert encoder().label_words([text.split()])[0].tolist() == ids.tolist()
+    logits = alone("token-classification", text)[1:-1]
+    labels, sure = encoder().label_words([text.split()])
+    assert labels[0].tolist() == logits.argmax(1).tolist()
+    assert sure[0] == pytest.approx(np.array([softmax(row).max() for row in logits]), rel=1e-5)
 
 
 def test_each_word_is_labelled_by_its_first_token_and_a_word_without_tokens_is_outside() -> None:
-    got = encoder().label_words([["metformin", "", "\u200b", "pain"], [], ["\x00"], ["kidney"] * 200])
+    got, sure = encoder().label_words([["metformin", "", "\u200b", "pain"], [], ["\x00"], ["kidney"] * 200])
     logits = alone("token-classification", "metformin pain")[1:-1]  # met ##form ##in pain
     assert got[0].tolist() == [logits[0].argmax(), 0, 0, logits[3].argmax()]
     assert [len(g) for g in got] == [4, 0, 1, 200]
     assert got[2].tolist() == [0]
+    assert sure[0].tolist()[1:3] == [1.0, 1.0]
+    assert sure[0][3] == pytest.approx(softmax(logits[3]).max(), rel=1e-5)
+    assert [len(s) for s in sure] == [4, 0, 1, 200]
     assert all(g.dtype == np.int64 for g in got)
 
 
 def test_words_beyond_the_window_are_labelled_as_by_a_model_without_one() -> None:
     sentences = [note(n, n).split() for n in (5, 400, 80)]
-    for short, whole in zip(encoder(64).label_words(sentences), encoder(9000).label_words(sentences), strict=True):
+    for short, whole in zip(
+        encoder(64).label_words(sentences)[0], encoder(9000).label_words(sentences)[0], strict=True
+    ):
         assert short.tolist() == whole.tolist()
-    assert len(set(encoder().label_words(sentences)[1].tolist())) == 3
+    assert len(set(encoder().label_words(sentences)[0][1].tolist())) == 3
 
 
 def test_classes_come_most_probable_first_and_add_up_to_one() -> None:
@@ -144,7 +151,9 @@ def test_classes_come_most_probable_first_and_add_up_to_one() -> None:
         assert {s.label: s.score for s in scores} == pytest.approx(expected, rel=1e-5)
         assert [s.score for s in scores] == sorted((s.score for s in scores), reverse=True)
         assert sum(s.score for s in scores) == pytest.approx(1)
-    assert encoder().class_ids(texts).tolist() == [alone("sequence-classification", t).argmax() for t in texts]
+    classes, sure = encoder().class_ids(texts)
+    assert classes.tolist() == [alone("sequence-classification", t).argmax() for t in texts]
+    assert sure.tolist() == pytest.approx([s[0].score for s in encoder().classify(texts)], rel=1e-6)
 
 
 def test_a_multi_label_model_gives_each_class_its_own_probability() -> None:
