@@ -141,12 +141,12 @@ def lines(caption: Caption, series: Sequence[Series], x: Axis, y: Axis, limit: L
 
 def bars(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str] = ()) -> str:
     """A bar from zero (of a log axis: from its low end) for each row, with its interval and its limit."""
-    return _rows(caption, rows, axis, kinds, filled=True)
+    return _rows(caption, rows, axis, kinds, "limit", filled=True)
 
 
 def forest(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str] = ()) -> str:
-    """A mark for each row's estimate on its interval, a line at zero, and a dashed one at the row's own limit."""
-    return _rows(caption, rows, axis, kinds, filled=False)
+    """A mark for each row's estimate on its interval, a line at zero, and a dashed one at its limit, the margin."""
+    return _rows(caption, rows, axis, kinds, "margin", filled=False)
 
 
 def histogram(
@@ -205,14 +205,14 @@ def heat(
 # ---- rows of estimates
 
 
-def _rows(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str], *, filled: bool) -> str:
+def _rows(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str], limit: str, *, filled: bool) -> str:
     order = _order(kinds, (r.kind for r in rows))
     limited = [r.limit for r in rows if r.limit is not None]
     intervals = any(r.low is not None or r.high is not None for r in rows)
     legend, top = _legend([k for k in order if k], 10, order, filled=filled)
     if limited:
         legend.append(f'<path class="limit" d="M10 {_px(top + 2)}h26"/>')
-        legend.append(_text("limit of the row", 42, top + 6))
+        legend.append(_text(limit, 42, top + 6))
         top += 22
     seen = [v for r in rows for v in (r.value, r.low, r.high, r.limit) if v is not None and _drawable(v, axis)]
     right = 170.0 if intervals else 70.0
@@ -233,7 +233,13 @@ def _rows(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str
         body += _row(row, y, base, scale, axis, order.index(row.kind), filled)
         body.append(_text(_estimate(row), _WIDTH - right + 10, y + 4) + "</g>")
     named = ["Kind"] if any(order) else []
-    columns = ("Name", *named, axis.label, *(["From", "To"] if intervals else []), *(["Limit"] if limited else []))
+    columns = (
+        "Name",
+        *named,
+        axis.label,
+        *(["From", "To"] if intervals else []),
+        *([limit.capitalize()] if limited else []),
+    )
     table = [
         (r.label, *([r.kind] if named else []), number(r.value))
         + ((number(r.low), number(r.high)) if intervals else ())

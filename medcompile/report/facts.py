@@ -23,21 +23,23 @@ CALIBRATION = "calibration.json"
 FLIPS = "flips.json"
 
 ROLES = {
-    "calibration": "ranges and scales were taken from it",
-    "tuning": "the search chose by it",
-    "evaluation": "the evidence was made on it",
+    "calibration": ("calibration", "ranges and scales were taken from it"),
+    "tuning": ("tuning", "the search chose by it"),
+    "evaluation": ("acceptance", "the evidence was made on it"),
 }
-"""The parts that data plays in a build, by the key of a bundle's provenance."""
+"""The roles of data in a build, by the key of a bundle's provenance, and what for."""
 
 _PRODUCTS = frozenset({"MatMul", "MatMulInteger", "Gemm", "Conv", "MatMulNBits"})
 
 
 @dataclass(frozen=True)
 class DataRole:
-    """A data set and the part that it plays. use: that part in words. phi: what its manifest states."""
+    """A data set and the role that it had in the build. use: what for. marked, phi: the role that its manifest gives
+    it, and what that states of patient information."""
 
     role: str
     use: str
+    marked: str
     name: str
     items: int
     digest: str
@@ -130,8 +132,9 @@ def _artifact(artifact: Artifact, folder_bytes: int) -> dict[str, Any]:
 
 def _role(role: str, told: Mapping[str, Any]) -> DataRole:
     return DataRole(
-        role=str(told.get("role", role)),
-        use=ROLES[role],
+        role=ROLES[role][0],
+        use=ROLES[role][1],
+        marked=str(told.get("role", "")),
         name=str(told.get("name", "")),
         items=int(told.get("items", 0)),
         digest=str(told.get("digest", "")),

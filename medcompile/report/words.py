@@ -182,8 +182,9 @@ def _open(facts: Facts) -> Iterable[str]:
         yield "No calibration data of its own is recorded, so ranges may come from the acceptance data itself."
     if any(d.phi == "present" for d in facts.data):
         yield "Some of the data holds patient information, as its manifest states. None of it is in this report."
-    if not any(d.role == "acceptance" for d in facts.data):
-        yield "The data that the evidence was made on is not marked as acceptance data."
+    for d in facts.data:
+        if d.role == "acceptance" and d.marked != "acceptance":
+            yield f"{d.name}, which the evidence was made on, is marked as {d.marked or 'nothing'} by its manifest."
     unjudged = sorted({e.metric for a in facts.artifacts for e in a.evidence if e.verdict is None})
     if unjudged:
         yield f"Reported without a margin, and therefore not judged: {_listed(unjudged)}."
