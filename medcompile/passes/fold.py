@@ -1,7 +1,7 @@
 """Fold: dividing a tensor's channels by constants, done inside the node that makes it, where that costs nothing.
 
 Exact but for rounding: what scales a channel before (a norm's weight, the columns of a linear layer, quantized or
-not) takes the division. Nothing is folded into a value that anything else reads too.
+not, and its bias) takes the division. Nothing is folded into a value that anything else reads too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,21 @@ def fold(model: ir.Model, value: ir.Value, readers: Collection[ir.Node], factor:
         return any(_into(model, node, i, value, factor) for i in (0, 1))
     if node.op_type == "MatMul":
         return _into(model, node, 1, value, factor)
+    if node.op_type == "Add":
+        return any(_with_bias(model, node, i, factor) for i in (0, 1))
     return False
+
+
+def _with_bias(model: ir.Model, node: ir.Node, index: int, factor: Array) -> bool:
+    """Into both that an Add reads: a stored vector at index, and what makes the other."""
+    bias, other = node.inputs[index], node.inputs[1 - index]
+    tensor = bias.const_value if bias is not None else None
+    if bias is None or tensor is None or other is None or tuple(tensor.shape.numpy()) != factor.shape:
+        return False
+    if not _is_computed(other) or not fold(model, other, (node,), factor):
+        return False
+    node.replace_input_with(index, constant(model, f"{bias.name}/folded", _times(tensor, factor)))
+    return True
 
 
 def _through_attention(model: ir.Model, node: ir.Node | None, factor: Array) -> bool:
@@ -70,9 +84,13 @@ def _into(model: ir.Model, node: ir.Node, index: int, value: ir.Value, factor: A
     tensor = operand.const_value
     if tensor is None:
         return False
-    name = f"{operand.name}/folded"
-    node.replace_input_with(index, constant(model, name, (tensor.numpy() * factor).astype(tensor.dtype.numpy())))
+    node.replace_input_with(index, constant(model, f"{operand.name}/folded", _times(tensor, factor)))
     return True
+
+
+def _times(tensor: ir.TensorProtocol, factor: Array) -> Array:
+    product: Array = (tensor.numpy() * factor).astype(tensor.dtype.numpy())
+    return product
 
 
 def _picks_rows(node: ir.Node, factor: Array) -> bool:

@@ -54,7 +54,7 @@ class Quantize:
     method: str = "mse"
     percentile: float = 99.99
     name: str = "quantize"
-    version: int = 2
+    version: int = 3
     needs: Stage = Stage.SIMPLIFIED
     gives: Stage = Stage.QUANTIZED
 
