@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from medcompile import __version__
 from medcompile.commands.build import build
 from medcompile.commands.diff import diff
+from medcompile.commands.explain import explain
 from medcompile.commands.inspect import inspect
 from medcompile.commands.options import AsJson
 from medcompile.commands.report import report
@@ -74,6 +75,7 @@ app.command()(verify)
 app.command()(run)
 app.command()(report)
 app.command()(diff)
+app.command()(explain)
 
 
 @app.command()

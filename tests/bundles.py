@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medcompile.bundle import Bundle, Contents, Writer
@@ -51,11 +51,13 @@ def contents(artifacts: Sequence[Artifact] = (artifact("fp32"),), tasks: Sequenc
     )
 
 
-def write(place: Path, what: Contents, payload: bytes = b"weights") -> Bundle:
-    """A bundle whose artifacts are payload, each with its variant's name times its length as size."""
+def write(place: Path, what: Contents, payload: bytes = b"weights", files: Mapping[str, str] | None = None) -> Bundle:
+    """A bundle whose artifacts are payload, each with its variant's name times its length as size; and other files."""
     with Writer(place) as writer:
         write_assets(writer.path("assets/tokenizer.json").parent)
         writer.path("graphs/fp32/embed.onnx").write_bytes(payload)
         for a in what.artifacts:
             writer.path(a.path).write_bytes(payload * len(a.variant))
+        for path, text in (files or {}).items():
+            writer.path(path).write_text(text, encoding="utf-8")
         return writer.commit(what)
