@@ -295,8 +295,10 @@ class _Scale:
     def of(cls, values: Iterable[float], axis: Axis, start: float, end: float, *, rounded: bool = True) -> _Scale:
         known = sorted(v for v in values if _drawable(v, axis))
         low, high = (known[0], known[-1]) if known else (1.0, 2.0)
-        if low == high:
-            low, high = (low / 2, high * 2) if axis.log else (low - abs(low or 1) / 2, high + abs(high or 1) / 2)
+        extent = max(-low, high)
+        if high - low <= max(1e-12 * extent, 1 / _MOST):  # one value, as far as a drawing goes
+            half = extent / 2 if extent > 1 / _MOST else 0.5
+            low, high = (low / 2, high * 2) if axis.log else (low - half, high + half)
         elif rounded and not axis.log:
             low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
         elif rounded:
