@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from medcompile import __version__
+from medcompile.commands.bench import bench
 from medcompile.commands.build import build
 from medcompile.commands.diff import diff
 from medcompile.commands.explain import explain
@@ -76,6 +77,7 @@ app.command()(run)
 app.command()(report)
 app.command()(diff)
 app.command()(explain)
+app.command()(bench)
 
 
 @app.command()

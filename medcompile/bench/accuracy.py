@@ -40,29 +40,26 @@ def read(path: Path) -> Answers:
     return Answers(values, spans)
 
 
-def judge(task: str, own: Answers, reference: Answers, masks: Mapping[int, Array]) -> Accuracy:
-    """own against reference on the batches that both answered.
-
-    masks: by batch, which positions are tokens, [batch, sequence]; used where the answers have a label for each.
-    """
+def judge(task: str, own: Answers, reference: Answers) -> Accuracy:
+    """own against reference on the batches that both answered."""
     if own.spans or reference.spans:
         return _of_spans(own, reference)
     shared = sorted(set(own.values) & set(reference.values))
     items = sum(len(own.values[k]) for k in shared)
     if not shared:
         return Accuracy(0, wrong="nothing was answered that the reference answered")
-    pairs = [(own.values[k], reference.values[k], masks.get(k)) for k in shared]
-    for a, b, _ in pairs:
+    pairs = [(own.values[k], reference.values[k]) for k in shared]
+    for a, b in pairs:
         if a.shape != b.shape:
             return Accuracy(items, wrong=f"answers of shape {list(a.shape)}; the reference's are {list(b.shape)}")
         if not np.isfinite(a).all():
             return Accuracy(items, wrong="answers hold NaN or infinite values")
     if task in VECTORS:
-        cosines = np.concatenate([_cosines(a, b) for a, b, _ in pairs])
+        cosines = np.concatenate([_cosines(a, b) for a, b in pairs])
         worst = float(cosines.min())
         wrong = f"worst cosine {worst:.3f}" if worst < WORST_COSINE else ""
         return Accuracy(items, cosine_mean=float(cosines.mean()), cosine_worst=worst, wrong=wrong)
-    same = np.concatenate([_same(task, a, b, mask) for a, b, mask in pairs])
+    same = np.concatenate([_same(task, a, b) for a, b in pairs])
     return _agreed(items, float(same.mean()))
 
 
@@ -78,16 +75,13 @@ def _cosines(a: Array, b: Array) -> Array:
     return np.asarray((x * y).sum(axis=1) / np.maximum(lengths, 1e-30))
 
 
-def _same(task: str, a: Array, b: Array, mask: Array | None) -> Array:
+def _same(task: str, a: Array, b: Array) -> Array:
     """Which decisions are the same, as numbers: labels by argmax; of generated tokens, the share of each row before the
     first that differs (after it the two write different texts)."""
     if task == "generate":
         differs = np.concatenate([a != b, np.ones((len(a), 1), bool)], axis=1)
         return np.asarray(differs.argmax(axis=1) / max(a.shape[1], 1))
-    same = a.argmax(axis=-1) == b.argmax(axis=-1)
-    if mask is not None and mask.shape == same.shape:
-        same = same[mask.astype(bool)]
-    return same.ravel().astype(np.float64)
+    return np.asarray(a.argmax(axis=-1) == b.argmax(axis=-1), np.float64).ravel()
 
 
 def _of_spans(own: Answers, reference: Answers) -> Accuracy:

@@ -99,16 +99,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one cell asked: rows and tokens of a run, items of its inputs, runs in a turn, and each round's order.
+    """One cell as it was timed. runs: in a turn. orders: of the contenders, round by round.
 
-    flops: multiplications and additions of a run, by kind (linear, attention); weights: elements that a run reads.
+    spin_ms: a fixed piece of arithmetic before each turn: how steady the clock is. other_load, stolen: the shares of
+    the cores' time that other processes, and a hypervisor, had during the turns; None where it is not told.
     """
 
     name: str
     batch: int
     sequence: int
     new: int
-    items: int
     runs: int
     orders: tuple[tuple[str, ...], ...] = ()
     spin_ms: tuple[float, ...] = ()

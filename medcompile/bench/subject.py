@@ -190,7 +190,8 @@ def cells(said: str, task: str, clock: str, max_length: int) -> tuple[Cell, ...]
 
 
 def with_inputs(subject: Subject, job: Job, folder: Path, *, allow_phi: bool) -> tuple[Job, str, str]:
-    """The job with its inputs and calibration written into folder, what they are in words, and their digest."""
+    """The job with its inputs written into folder and its calibration into job.work, where it stays: what contenders
+    make of it is kept beside it. Then what the inputs are in words, and their digest."""
     from medcompile import data
 
     items: list[Item] = []
@@ -198,7 +199,7 @@ def with_inputs(subject: Subject, job: Job, folder: Path, *, allow_phi: bool) ->
     if subject.data is not None:
         dataset = data.read(data.load_manifest(subject.data), allow_phi=allow_phi)
         items = list(dataset.items)
-        np.random.default_rng(SEED).shuffle(items)  # type: ignore[arg-type]  # a list is shuffled in place
+        np.random.default_rng(SEED).shuffle(items)
     told = f"{len(items)} items of {dataset.name}" if dataset else "random tokens"
     inputs = folder / "inputs"
     inputs.mkdir()
@@ -221,7 +222,7 @@ def with_inputs(subject: Subject, job: Job, folder: Path, *, allow_phi: bool) ->
         if dataset is not None and dataset.name != calibration.name:
             calibration, _ = data.without_overlap(calibration, dataset)
         arrays = _calibration(subject, job, calibration.items)
-        path = folder.parent / f"calibration-{_digest(arrays)}.npz"
+        path = Path(job.work) / f"calibration-{_digest(arrays)}.npz"
         if arrays and not path.is_file():
             np.savez(path, **arrays)  # type: ignore[arg-type]
         job = replace(job, calibration=str(path) if arrays else "")
