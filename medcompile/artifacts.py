@@ -10,22 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from medcompile import __version__, backends, cache, manifest
+from medcompile import __version__, backends, cache, flips, manifest
 from medcompile.errors import BackendError
 from medcompile.spec import NOT_VERIFIED, Artifact, GraphSpec, Margin, Target, Variant
 from medcompile.steps import Step, Steps
 from medcompile.verify import DID_NOT_RUN, Trial
 
 _ARTIFACT_VERSION = 4
-_EVIDENCE_VERSION = 5
+_EVIDENCE_VERSION = 6
 
 
 @dataclass(frozen=True)
 class Made:
-    """An artifact, and the folder in the cache that holds its files."""
+    """An artifact, the folder in the cache that holds its files, and the items that it decides otherwise, if known."""
 
     artifact: Artifact
     files: Path
+    flips: flips.Flips | None = None
 
     def placed(self) -> dict[str, Path]:
         """Every file of it by its relative path in a bundle."""
@@ -126,13 +127,15 @@ class Lowering:
                 notes=(*artifact.notes, f"{DID_NOT_RUN}{found.reason}") if found.reason else artifact.notes,
             )
             (folder / "evidence.json").write_text(json.dumps(manifest.encode(judged)), encoding="utf-8")
+            (folder / flips.FILE).write_text(json.dumps(found.flips), encoding="utf-8")
 
         # An exam may run other graphs of the same variant and target beside this one.
         keys = {name: b.key for name, b in built.items()}
         key = cache.key("verify", _EVIDENCE_VERSION, graph, keys, trial_key, self.budget, __version__)
         judged = self.steps.run(f"verify {label}", key, judge)
         result = json.loads((judged.folder / "evidence.json").read_text(encoding="utf-8"))
-        return Made(manifest.decode(Artifact, result, label), made.files)
+        flipped = json.loads((judged.folder / flips.FILE).read_text(encoding="utf-8"))
+        return Made(manifest.decode(Artifact, result, label), made.files, flipped)
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ def _run(a: Bundle, b: Bundle, pair: Pair, dataset: Dataset, margins: Sequence[M
             candidate = after.against(reference).answers(second)
             evidence = exams.judge(after, margins, reference, candidate)
             key = after.key
-            kinds = Counter[str](k for _, k in metrics.flips(pair.graph, reference, candidate, key.gold, key.labels))
-            decides = bool(kinds) or any(e.metric == "flips" for e in evidence)
+            flipped = metrics.flips(pair.graph, reference, candidate, key.gold, key.labels)
+            kinds = None if flipped is None else dict(Counter[str](kind for _, kind in flipped))
             timing = None if reason else _timed(first[pair.graph], second[pair.graph], before.spec, after.spec, ran)
     except (BackendError, DataError, InputError, ProfileError) as error:
         return replace(pair, reason=error.message)
@@ -189,7 +189,7 @@ def _run(a: Bundle, b: Bundle, pair: Pair, dataset: Dataset, margins: Sequence[M
         ran=ran,
         items=len(after.digests()),
         evidence=evidence,
-        flips=dict(kinds) if decides else None,
+        flips=kinds,
         timing=timing,
     )
 

@@ -25,6 +25,7 @@ from medcompile import (
     data,
     doctor,
     exams,
+    flips,
     manifest,
     models,
     recipe,
@@ -119,8 +120,8 @@ class _Build:
         with bundle.Writer(out) as writer:
             for task in self.options.tasks:
                 for dataset in (self.datasets.evaluation, self.datasets.tuning):
-                    if dataset is not None:
-                        self.exam(task, dataset)  # data that can't judge the model is told before anything is built
+                    if dataset is not None:  # data that can't judge the model is told before anything is built
+                        exams.check(self.exam(task, dataset), self.job.budget)
             found = self.searched(targets) if self.job.optimize else Found(self.job.variants, self.job.budget)
             lowered = {v.name: self.lowered(v) for v in found.variants}
             lowering = Lowering(
@@ -392,6 +393,8 @@ class _Build:
         if ranges := self.clipping(found.variants, lowered):
             text = json.dumps(manifest.encode(ranges), indent=1, sort_keys=True) + "\n"
             writer.path(report.CALIBRATION).write_text(text, encoding="utf-8")
+        if flipped := {m.artifact.path: m.flips for m in made if m.flips is not None}:
+            flips.write(writer.path(flips.FILE), flipped)
         artifacts = tuple(m.artifact for m in made)
         return writer.commit(
             bundle.Contents(

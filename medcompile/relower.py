@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medcompile import __version__, backends, budget, bundle, cache, report, sources, verify
+from medcompile import __version__, backends, budget, bundle, cache, flips, report, sources, verify
 from medcompile.artifacts import Lowering
 from medcompile.bundle import Bundle
 from medcompile.errors import BackendError, BundleError, DataError, PhiError, UsageError
@@ -59,15 +59,18 @@ def relower(
     fresh = {(m.artifact.variant, m.artifact.target.name) for m in made}
     kept = [a for a in found.artifacts if (a.variant, a.target.name) not in fresh]
     files = {path: file for m in made for path, file in m.placed().items()}
+    artifacts = [*kept, *(m.artifact for m in made)]
+    flipped = {m.artifact.path: m.flips for m in made if m.flips is not None}
     try:
-        finished = bundle.rewrite(
-            found,
-            Path(out) if out else found.root,
-            [*kept, *(m.artifact for m in made)],
-            files,
-            _provenance(found, [t.name for t in probed], lowering.skipped, notes),
-            told=report.texts,
-        )
+        with flips.renewed(found.root, flipped, [a.path for a in artifacts]) as told_flips:
+            finished = bundle.rewrite(
+                found,
+                Path(out) if out else found.root,
+                artifacts,
+                files | told_flips,
+                _provenance(found, [t.name for t in probed], lowering.skipped, notes),
+                told=report.texts,
+            )
     except OSError as error:
         raise BundleError(
             f"{error.filename or place}: {error.strerror or error}",

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from medcompile import backends, data, exams, report, run_onnx
+from medcompile import backends, data, exams, flips, report, run_onnx
 from medcompile.backends import Backend, Executor, check_feeds
 from medcompile.bundle import Bundle, rewrite
 from medcompile.data import Dataset
 from medcompile.errors import BackendError, BackendUnavailable, BundleError, DataError, UsageError
 from medcompile.exams import Exam
 from medcompile.exams.decoder import BLOCKS, FreshGraph, FreshSequence
+from medcompile.flips import Flips
 from medcompile.metrics import Predictions
 from medcompile.spec import (
     GRAPH_VERIFIED,
@@ -79,12 +80,16 @@ def _median_ms(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a trial came to: Artifact's fields of the same names. reason: why the artifact itself did not run."""
+    """What a trial came to: Artifact's fields of the same names. reason: why the artifact itself did not run.
+
+    flips: by item (flips.py); None where nothing ran, or nothing is decided.
+    """
 
     evidence: tuple[Evidence, ...]
     latency_ms: float | None
     verified_on: str
     reason: str = ""
+    flips: Flips | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ class Trial:
                     raise  # not another machine, but a fault
                 return self._run_graphs(typed, str(error)) if typed else Findings((), None, NOT_VERIFIED, str(error))
             own = executors[self.exam.spec.name]
-            return Findings(self._judged(executors), latency_ms(own, self.exam.spec), here.verified_on)
+            evidence, flipped = self._judged(executors)
+            return Findings(evidence, latency_ms(own, self.exam.spec), here.verified_on, flips=flipped)
 
     def _run_graphs(self, typed: Mapping[str, Path], reason: str) -> Findings:
         """The evidence of the graphs alone; none where ONNX Runtime's CPU provider lacks an operator or a format."""
@@ -137,12 +143,16 @@ class Trial:
             with ExitStack() as opened:
                 graphs = self.exam.graphs
                 executors = {n: opened.enter_context(on_cpu(typed[n], spec)) for n, spec in graphs.items()}
-                return Findings(self._judged(executors), None, GRAPH_VERIFIED, reason)
+                evidence, flipped = self._judged(executors)
+                return Findings(evidence, None, GRAPH_VERIFIED, reason, flipped)
         except BackendError as error:
             return Findings((), None, NOT_VERIFIED, f"{reason}; nor does its graph run here: {error.message}")
 
-    def _judged(self, executors: Mapping[str, Executor]) -> tuple[Evidence, ...]:
-        return exams.judge(self.exam, self.budget, self.reference, self.exam.answers(executors))
+    def _judged(self, executors: Mapping[str, Executor]) -> tuple[tuple[Evidence, ...], Flips | None]:
+        answers = self.exam.answers(executors)
+        evidence = exams.judge(self.exam, self.budget, self.reference, answers)
+        found = exams.flips(self.exam, self.reference, answers)
+        return evidence, None if found is None else flips.ranked(found)
 
 
 def loaded(
@@ -234,6 +244,7 @@ class Repeated:
 
     made: False where nothing could be run here; the artifact is then as the bundle has it. reason: why it did not run
     itself (its graph may have). renewed: it, or else its graph, ran for the first time: the bundle should know.
+    flips: Findings.flips.
     """
 
     artifact: Artifact
@@ -241,6 +252,7 @@ class Repeated:
     made: bool = True
     reason: str = ""
     renewed: bool = False
+    flips: Flips | None = None
 
 
 def evaluation(bundle: Bundle, manifest: Path | None, *, allow_phi: bool = False) -> Dataset:
@@ -299,7 +311,7 @@ def _again(bundle: Bundle, artifact: Artifact, trial: Trial, threads: int | None
     notes = [note for note in artifact.notes if not note.startswith(DID_NOT_RUN)]
     again = replace(again, notes=(*notes, *([] if ran else [f"{DID_NOT_RUN}{found.reason}"])))
     first = (ran and not artifact.ran) or artifact.verified_on == NOT_VERIFIED
-    return Repeated(again, artifact.verdict, reason=found.reason, renewed=first)
+    return Repeated(again, artifact.verdict, reason=found.reason, renewed=first, flips=found.flips)
 
 
 def renew(bundle: Bundle, repeated: Sequence[Repeated]) -> Bundle:
@@ -309,7 +321,9 @@ def renew(bundle: Bundle, repeated: Sequence[Repeated]) -> Bundle:
     """
     artifacts = [r.artifact if r.renewed else a for r, a in zip(repeated, bundle.artifacts, strict=True)]
     try:
-        return rewrite(bundle, bundle.root, artifacts, told=report.texts)
+        fresh = {r.artifact.path: r.flips for r in repeated if r.renewed and r.flips is not None}
+        with flips.renewed(bundle.root, fresh, [a.path for a in artifacts]) as files:
+            return rewrite(bundle, bundle.root, artifacts, files, told=report.texts)
     except OSError as error:
         raise BundleError(
             f"{bundle.root}: the evidence was made, but can't be written into it: {error.strerror or error}",

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-Flip = tuple[str, str]
-"""An item's name, and how its decision flipped: harmful, healed or other."""
-MOST_FLIPS = 1_000
-
 _ROOMS = {"image": "towers", "text": "towers", "generate": "decoder"}
 
 
@@ -115,12 +111,14 @@ def judge(
     return metrics.evaluate(task, own, reference, candidate, key.gold, key.units, key.labels, key.groups)
 
 
-def flips(exam: Exam, reference: Predictions, candidate: Predictions) -> tuple[Flip, ...]:
-    """The items whose decision the candidate changed, by name: MOST_FLIPS at most, harmful ones first."""
+def flips(exam: Exam, reference: Predictions, candidate: Predictions) -> tuple[tuple[str, str], ...] | None:
+    """The names of the items whose decision the candidate changed, each with how: harmful, healed or other.
+
+    None where the graph decides nothing.
+    """
     key = exam.key
     found = metrics.flips(exam.spec.name, reference, candidate, key.gold, key.labels)
-    ranked = sorted(found, key=lambda flip: ("harmful", "other", "healed").index(flip[1]))
-    return tuple((key.names[index], kind) for index, kind in ranked[:MOST_FLIPS])
+    return None if found is None else tuple((key.names[index], kind) for index, kind in found)
 
 
 def check(exam: Exam, margins: Sequence[Margin]) -> None:

@@ -153,10 +153,10 @@ def flips(
     candidate: Predictions,
     gold: Sequence[NDArray[np.generic]] | NDArray[np.generic] | None = None,
     labels: Sequence[str] = (),
-) -> list[tuple[int, Kind]]:
+) -> list[tuple[int, Kind]] | None:
     """The items whose decision the candidate changed, in order, and how: harmful, healed or other (decisions.py).
 
-    Arguments as evaluate has them. Empty for tasks without decisions, as embed.
+    Arguments as evaluate has them. None where nothing is decided, as by embeddings.
     """
     items = _items(task, reference, gold)
     return flipped(Material(task, reference, candidate, gold, np.arange(items, dtype=np.int64), labels))

@@ -75,17 +75,16 @@ def _harmful_flips(name: str, m: Material) -> Sample:
     return FlippedShare(np.ones(m.items, dtype=bool), ~reference | candidate, m.unit)
 
 
-def flips(m: Material) -> list[tuple[int, Kind]]:
+def flips(m: Material) -> list[tuple[int, Kind]] | None:
     """The items of which a decision flipped, and how: harmful (the reference was right, the candidate is wrong), healed
     (the other way round), other (both are wrong, or nobody knows).
 
     Of token-classification, by sentence: harmful where the candidate misses an entity that the reference found, else
-    healed where it finds one that the reference missed, else other. Empty for a task without decisions.
+    healed where it finds one that the reference missed, else other. None where nothing is decided.
     """
-    if m.task not in (*_SCORED, _TOKENS, "sequence-classification", "fill-mask"):
-        return []
-    if m.task in _SCORED and (m.reference.scores is None or m.candidate.scores is None):
-        return []
+    scored = m.reference.scores is not None and m.candidate.scores is not None
+    if not scored and m.task not in (_TOKENS, "sequence-classification", "fill-mask"):
+        return None
     reference, candidate = decisions("flips", m)
     flipped, lost, gained = reference != candidate, np.zeros(m.items, bool), np.zeros(m.items, bool)
     if m.task == _TOKENS:

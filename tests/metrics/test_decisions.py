@@ -88,8 +88,8 @@ def test_the_flipped_items_and_their_kinds() -> None:
     assert {kind for _, kind in flips("token-classification", BEFORE, AFTER, None, TAGS)} == {"other"}
     one, other = (Predictions(np.ones((3, 2)), scores=np.eye(3)[chosen]) for chosen in ([0, 1, 2], [0, 2, 1]))
     assert flips("image", one, other, np.array([0, 1, 1])) == [(1, "harmful"), (2, "healed")]
-    assert flips("embed", Predictions(np.ones((4, 2))), Predictions(np.zeros((4, 2)))) == []
-    assert flips("image", Predictions(np.ones((4, 2))), Predictions(np.zeros((4, 2)))) == []
+    assert flips("embed", Predictions(np.ones((4, 2))), Predictions(np.zeros((4, 2)))) is None
+    assert flips("image", Predictions(np.ones((4, 2))), Predictions(np.zeros((4, 2)))) is None
 
 
 # ---- cost
