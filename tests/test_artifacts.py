@@ -192,7 +192,7 @@ def test_a_bundle_that_cannot_be_written_keeps_its_old_evidence(built: Built, mo
     found, fake = built
     fake.here = True
 
-    def full(*args: object) -> None:
+    def full(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(verify, "rewrite", full)
