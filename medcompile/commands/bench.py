@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +67,7 @@ def bench(
 
     if clock not in (MODEL, TEXT):
         raise UsageError(f"--clock {clock}", fix=f"choose {MODEL} or {TEXT}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     cores = machine.cpus()
     if threads is not None and not 1 <= threads <= len(cores):
         raise UsageError(f"--threads {threads}; this process may use {len(cores)} cores", fix="give fewer")
