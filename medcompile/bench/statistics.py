@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -85,9 +87,18 @@ def _log_ratios(turns: Turns, reference: Turns) -> Logs:
     return np.log(np.array([a / b for a, b in both], np.float64)) if both else np.zeros(0)
 
 
-def _medians(logs: Logs, stream: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    rng = np.random.default_rng([_SEED, stream])
-    return np.asarray(np.median(logs[rng.integers(0, len(logs), (_RESAMPLES, len(logs)))], axis=1))
+def _medians(logs: Logs, stream: int) -> Logs:
+    """The median of each resample of the rounds."""
+    low, high = _middles(len(logs), stream)
+    ranked = np.sort(logs)
+    return np.asarray((ranked[low] + ranked[high]) / 2)
+
+
+@lru_cache(maxsize=64)
+def _middles(count: int, stream: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Which ranks, of count values, are in the middle of each resample: they don't depend on the values."""
+    drawn = np.sort(np.random.default_rng([_SEED, stream]).integers(0, count, (_RESAMPLES, count)), axis=1)
+    return drawn[:, (count - 1) // 2], drawn[:, count // 2]
 
 
 def _levels(confidence: float, rounds: int) -> list[float]:
