@@ -16,7 +16,7 @@ from tests import tiny
 from tests.command_line import call
 from tests.tiny import Workshop
 
-COMMANDS = ("build", "inspect", "verify", "run", "doctor", "schema")
+COMMANDS = ("build", "inspect", "verify", "run", "diff", "explain", "doctor", "schema")
 TEXT = "the patient denies chest pain"
 
 
