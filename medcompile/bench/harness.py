@@ -21,10 +21,10 @@ from typing import Any
 
 import medcompile
 from medcompile import manifest
-from medcompile.bench import accuracy, machine, peers, statistics
+from medcompile.bench import accuracy, machine, peers, roofline, statistics
 from medcompile.bench.peer import Cell, Job, Missing, Peer
 from medcompile.bench.process import ContenderError, Process
-from medcompile.bench.results import Bench, Entry, Shape, Timing
+from medcompile.bench.results import Bench, Entry, Limits, Shape, Timing
 from medcompile.errors import UsageError
 
 Tell = Callable[[str], None]
@@ -49,7 +49,7 @@ class Patience:
 class Plan:
     """What is compared. job: with cells and inputs, without option. asked: contenders by name, each with or without
     `:option`; empty is all. pythons: another interpreter for some, by name. scratch: a folder for the run's files.
-    reference: which contender is the yardstick; empty: the first that offers itself."""
+    reference: which contender is the yardstick; empty: the first that offers itself. limits: measure the machine's."""
 
     name: str
     job: Job
@@ -61,6 +61,7 @@ class Plan:
     seed: int = 0
     inputs: str = ""
     digests: Mapping[str, str] = field(default_factory=dict)
+    limits: bool = True
     patience: Patience = Patience()
 
 
@@ -102,6 +103,8 @@ def run(plan: Plan, tell: Tell) -> Bench:
         )
     runnable = [c for c in found if c.entry.missing is None and not c.error]
     throttled = machine.throttled()
+    tell("measuring what this machine can do at most")
+    limits = roofline.measure(plan.job.threads, plan.job.cpus) if plan.limits else Limits()
     with ExitStack() as opened:
         for contender in runnable:
             tell(f"{contender.name}: loading")
@@ -115,6 +118,7 @@ def run(plan: Plan, tell: Tell) -> Bench:
         _judge(plan, found, reference)
     hot = machine.throttled()
     energy, no_energy = machine.energy_sources()
+    work, no_work = roofline.work(plan.job)
     return Bench(
         name=plan.name,
         family=plan.job.family,
@@ -133,6 +137,9 @@ def run(plan: Plan, tell: Tell) -> Bench:
         energy=energy,
         no_energy=no_energy,
         throttled=None if hot is None or throttled is None else hot - throttled,
+        limits=limits,
+        work=work,
+        no_work=no_work,
         version=medcompile.__version__,
     )
 
@@ -174,6 +181,7 @@ def look(plan: Plan) -> list[Contender]:
                 engine=peer.engine,
                 precision=peer.precision,
                 float_precision=peer.float_precision,
+                device=peer.device,
                 missing=missing,
             )
             prepares = type(peer).prepare is not Peer.prepare
@@ -235,7 +243,7 @@ def _start(plan: Plan, contender: Contender, opened: ExitStack) -> None:
 
 def _described(entry: Entry, notes: Mapping[str, Any]) -> Entry:
     """The entry with what the contender says of itself."""
-    own = {k: str(notes[k]) for k in ("engine", "precision", "float_precision") if k in notes}
+    own = {k: str(notes[k]) for k in ("engine", "precision", "float_precision", "device") if k in notes}
     rest = {k: v for k, v in notes.items() if k not in own}
     return replace(entry, notes=rest, **own)  # type: ignore[arg-type]
 

@@ -139,7 +139,7 @@ class Peer(ABC):
     ours: runs what this compiler built. reference: accuracy and ratios are told against it, unless told otherwise.
     engine: whose kernels run (openvino, onnxruntime, torch, llama.cpp ...). precision: of the linear layers' weights,
         float_precision: of the rest (float32, bfloat16, float16, int8, int4). What only open() can tell, Runner.notes
-        says under the same three names.
+        says under the same names (engine, precision, float_precision, device).
     """
 
     name: str

@@ -81,6 +81,7 @@ class Entry:
     engine: str = ""
     precision: str = ""
     float_precision: str = ""
+    device: str = "cpu"
     missing: Missing | None = None
     error: str = ""
     prepare_s: float | None = None
@@ -118,28 +119,38 @@ class Shape:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do with these threads, measured: GB/s read from memory, and 10^9 operations a second by
-    precision of the two factors (float32, bfloat16, int8); by: what measured each."""
+    """What the machine can do with these threads, measured: 10^9 bytes a second read from memory, and 10^9 operations a
+    second by precision of both factors (a multiply and an add are two). by: what measured each. cache_mb: what fits in
+    there is not read from memory each time."""
 
     memory_gbs: float | None = None
+    cache_mb: float = 0.0
     gops: Mapping[str, float] = field(default_factory=dict)
     by: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run of one cell must do, whoever does it: operations (two for a multiply and add) in linear layers and in
-    attention, and how many weights the linear layers hold, each read once a run (once a token that is generated)."""
+    """What a cell asks of whoever runs it. phase: run; of decoders first (up to the first token) and step (each later).
+
+    linear_ops, attention_ops: operations, two for a multiply and an add. weights: elements of the linear layers, each
+    read once. state_bytes: keys and values read, in 16 bits.
+    """
 
     cell: str
+    phase: str
     linear_ops: float
     attention_ops: float
     weights: float
+    state_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A whole comparison. name: the bundle's or the recipe's. digests: of the bundle, the source, the inputs."""
+    """A whole comparison. name: the bundle's or the recipe's. digests: of the bundle and the inputs.
+
+    energy: which meters were read; no_energy: why others were not. no_work: why there is no physical limit to tell.
+    """
 
     name: str
     family: str
@@ -160,6 +171,7 @@ class Bench:
     throttled: int | None = None
     limits: Limits = Limits()
     work: tuple[Work, ...] = ()
+    no_work: str = ""
     version: str = ""
     schema_version: int = SCHEMA_VERSION
 

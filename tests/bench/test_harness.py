@@ -32,7 +32,7 @@ def plan(folder: Path, *ways: str, rounds: int = 6, job: Job | None = None, refe
         "bert", "embed", cells=(Cell(2, 8),), threads=1, cpus=cpus, inputs=str(inputs), work=str(folder / "work")
     )
     asked = tuple(f"{FAKE}:{way}" for way in ways)
-    return Plan("fakes", job, folder, asked=asked, rounds=rounds, reference=reference, patience=QUICK)
+    return Plan("fakes", job, folder, asked, reference=reference, rounds=rounds, limits=False, patience=QUICK)
 
 
 @pytest.fixture(scope="module")

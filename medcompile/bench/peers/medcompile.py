@@ -47,6 +47,7 @@ class Ours(Peer):
         variant = found.variants[name].on(job.task)
         notes: dict[str, Note] = {
             "engine": artifact.target.backend,
+            "device": artifact.target.device,
             "precision": str(variant.weights or variant.float_dtype),
             "float_precision": str(variant.compute.get("float", variant.float_dtype)),
             "artifact": "; ".join(artifact.notes),
