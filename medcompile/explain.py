@@ -80,9 +80,10 @@ def explain(found: Bundle, layer: str | None = None) -> Explanation:
     notes = []
     if layer is not None:
         if not any(kept(name, (layer,)) for name in names):
+            likely = [n for n in dict.fromkeys(names) if n.endswith("/MatMul")] or names
             raise UsageError(
                 f"{found.name} has no layer {layer!r}",
-                fix=f"use names such as {', '.join(names[:3]) or 'none'}, or globs",
+                fix=f"use names such as {', '.join(likely[:3]) or 'none'}, or globs over them",
             )
         searches = tuple(replace(s, layers=_matching(s.layers, layer)) for s in searches)
         rules = tuple(

@@ -48,6 +48,14 @@ class Place:
         result = call(*args, stdin=stdin)
         return Outcome(result.exit_code, result.stderr or result.stdout)
 
+    def compare(self, *args: object) -> Outcome:
+        """The workshop's bundle beside itself."""
+        return self.run("diff", self.workshop.bundle, self.workshop.bundle, *args)
+
+    def protocol(self, text: str) -> Outcome:
+        (self.tmp / "protocol.yaml").write_text(text)
+        return self.compare("--protocol", self.tmp / "protocol.yaml")
+
     def build(self, document: Mapping[str, Any] | str | bytes | None = None, *args: object) -> Outcome:
         """Build a recipe: a dict that changes sections of a good one, or the file's own text."""
         path = self.tmp / "recipe.yaml"
@@ -592,6 +600,20 @@ USAGE = (
         ("--threads", "integer"),
         lambda p: p.ask("a", "--threads", "many"),
         fix=False,
+    ),
+    Case("a change record as PDF", 2, (".pdf",), lambda p: p.compare("--record", p.tmp / "change.pdf")),
+    Case("a protocol without a date", 2, ("'date'",), lambda p: p.protocol("criteria: {cosine: {max_drop: 0.1}}")),
+    Case(
+        "a protocol with a metric of no task",
+        2,
+        ("no metric 'auroc'",),
+        lambda p: p.protocol("date: 2026-01-31\ncriteria: {auroc: {max_drop: 0.1}}"),
+    ),
+    Case(
+        "a layer that is not there",
+        2,
+        ("no layer 'decoder.*'",),
+        lambda p: p.run("explain", p.workshop.bundle, "--layer", "decoder.*"),
     ),
 )
 GROUPS: Mapping[str, tuple[Case, ...]] = {
