@@ -112,22 +112,26 @@ def _of_encoder(model: Any, cell: Cell) -> Work:
 def _of_decoder(model: Any, cell: Cell, facts: Mapping[str, Any]) -> list[Work]:
     """The first token, which takes the whole prompt, and a later one, half way through the answer."""
     weights = {i.name: prod(i.dims) for i in model.graph.initializer if len(i.dims) == 2}
+    heads = {i.name for i in model.graph.initializer if facts["vocabulary"] in i.dims}
     used = [node.input[1] for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
-    elements = float(sum(weights.get(name, 0) for name in used))
-    pools = [t for t in model.graph.input if "pool" in t.name]
-    width = sum(prod(d.dim_value or 1 for d in list(p.type.tensor_type.shape.dim)[2:]) for p in pools)
-    tokens = cell.batch * cell.sequence
-    context = cell.sequence + cell.new / 2
-    first = Work(cell.name, "first", 2 * elements * tokens, 2.0 * width * tokens * cell.sequence, elements)
-    step = Work(
-        cell.name,
-        "step",
-        2 * elements * cell.batch,
-        4.0 * width * cell.batch * context,
-        elements,
-        state_bytes=_KV_BYTES * width * cell.batch * context,
-    )
-    return [first, step]
+    head = float(sum(weights.get(name, 0) for name in used if name in heads))
+    body = float(sum(weights.get(name, 0) for name in used if name not in heads))
+    width = facts["layers"] * facts["head_dim"]
+    tokens, context = cell.batch * cell.sequence, cell.sequence + cell.new / 2
+    attention = 4.0 * width * facts["heads"]  # operations of one token for each that it looks at
+    kept = 2 * width * facts["kv_heads"] * _KV_BYTES  # bytes of one token's keys and values
+    first = 2 * (body * tokens + head * cell.batch)
+    return [
+        Work(cell.name, "first", first, attention * tokens * cell.sequence / 2, body + head),
+        Work(
+            cell.name,
+            "step",
+            2 * (body + head) * cell.batch,
+            attention * cell.batch * context,
+            body + head,
+            kept * cell.batch * context,
+        ),
+    ]
 
 
 # ---- how near

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from medcompile.bench import judgement
+from medcompile.bench import judgement, roofline
 from medcompile.bench.judgement import Change
 from medcompile.bench.results import Bench, Entry, Shape, Timing
 from medcompile.bench.statistics import Ratio
@@ -19,15 +19,22 @@ def told(found: Bench) -> Iterator[RenderableType]:
     yield Text(facts(found))
     for shape in found.shapes:
         yield _cell_table(found, shape)
-    silent = [e for e in found.entries if not any(e.timing(s.name) for s in found.shapes)]
-    if silent:
+    if silent := not_run(found):
         table = Table("contender", "why it did not run", "fix", title="not run", title_justify="left")
-        for entry in silent:
-            reason = entry.missing.reason if entry.missing else entry.error or _errors(entry)
-            table.add_row(Text(entry.title), Text(reason), Text(entry.missing.fix if entry.missing else ""))
+        for row in silent:
+            table.add_row(*map(Text, row))
         yield table
     for warning in judgement.warnings(found):
         yield Text(f"warning: {warning}", style="yellow")
+
+
+def not_run(found: Bench) -> list[tuple[str, str, str]]:
+    """Contenders without a number in any cell: title, reason, and what would change it."""
+    silent = [e for e in found.entries if not any(e.timing(s.name) for s in found.shapes)]
+    return [
+        (e.title, e.missing.reason, e.missing.fix) if e.missing else (e.title, e.error or _errors(e), "")
+        for e in silent
+    ]
 
 
 def facts(found: Bench) -> str:
@@ -47,7 +54,7 @@ def facts(found: Bench) -> str:
 Column = tuple[str, Callable[[Entry, Timing], str]]
 
 
-def _columns(found: Bench, shape: Shape) -> list[Column]:
+def columns(found: Bench, shape: Shape) -> list[Column]:
     """Those that say something in this comparison."""
     timed = [(e, t) for e in found.entries if (t := e.timing(shape.name)) is not None]
     columns: list[Column] = [
@@ -55,7 +62,7 @@ def _columns(found: Bench, shape: Shape) -> list[Column]:
         ("p90", lambda e, t: number(t.p90)),
         ("p99", lambda e, t: number(t.p99)),
         ("ratio", lambda e, t: ratio(judgement.against_reference(found, e, shape.name), e.name == found.reference)),
-        (throughput_unit(found, shape), lambda e, t: number(throughput(shape, t))),
+        (throughput_unit(shape), lambda e, t: number(throughput(shape, t))),
         ("TTFT ms", lambda e, t: number(median(t.first))),
         ("TPOT ms", lambda e, t: number(median(t.step))),
         ("CPU ms", lambda e, t: number(t.cpu)),
@@ -64,21 +71,22 @@ def _columns(found: Bench, shape: Shape) -> list[Column]:
         ("peak MB", lambda e, t: number(t.peak_mb)),
         ("GPU MB", lambda e, t: number(t.gpu_mb)),
         ("J", lambda e, t: number(t.energy_j)),
+        ("of the limit", lambda e, t: limit(found, e, t)),
         ("answers", lambda e, t: answers(t, e.name == found.reference)),
     ]
     return [c for c in columns if any(c[1](e, t) not in ("", "-") for e, t in timed)]
 
 
 def _cell_table(found: Bench, shape: Shape) -> Table:
-    columns = _columns(found, shape)
-    table = Table("contender", title=_title(found, shape), title_justify="left")
-    for name, _ in columns:
-        table.add_column(name, justify="left" if name in ("answers", "ratio") else "right")
+    shown = columns(found, shape)
+    table = Table("contender", title=title(found, shape), title_justify="left")
+    for name, _ in shown:
+        table.add_column(name, justify="left" if name in ("answers", "ratio", "of the limit") else "right")
     timed = [(t.p50 or 0.0, e, t) for e in found.entries if (t := e.timing(shape.name)) is not None]
     for _, entry, timing in sorted(timed, key=lambda row: row[0]):
         wrong = timing.accuracy is not None and bool(timing.accuracy.wrong)
         style = "red" if wrong else "bold" if entry.ours else ""
-        table.add_row(Text(entry.title), *(Text(cell(entry, timing)) for _, cell in columns), style=style)
+        table.add_row(Text(entry.title), *(Text(cell(entry, timing)) for _, cell in shown), style=style)
     for entry in found.entries:
         failed = next((t for t in entry.cells if t.cell == shape.name and t.error), None)
         if failed is not None:
@@ -86,14 +94,14 @@ def _cell_table(found: Bench, shape: Shape) -> Table:
     return table
 
 
-def _title(found: Bench, shape: Shape) -> str:
+def title(found: Bench, shape: Shape) -> str:
     parts = [f"{shape.batch} x {shape.sequence} tokens" if shape.sequence else f"{shape.batch} items a run"]
     if shape.new:
         parts.append(f"{shape.new} generated")
     return f"{', '.join(parts)}; {found.threads} threads"
 
 
-def throughput_unit(found: Bench, shape: Shape) -> str:
+def throughput_unit(shape: Shape) -> str:
     return "tokens/s" if shape.new else "items/s"
 
 
@@ -140,6 +148,15 @@ def answers(timing: Timing, is_reference: bool) -> str:
     if a.agreement is not None:
         parts.append(f"agreement {a.agreement:.4f}")
     return "; ".join(parts)
+
+
+def limit(found: Bench, entry: Entry, timing: Timing) -> str:
+    """What share of the physical limit it reached, and what that limit is made of."""
+    shown = [
+        f"{s.share:.0%} {s.bound}{f', {s.phase}' if s.phase != 'run' else ''}"
+        for s in roofline.shares(found, entry, timing)
+    ]
+    return "; ".join(shown) or "-"
 
 
 def changes(found: Iterable[Change]) -> Table:

@@ -61,7 +61,7 @@ def bench(
     What can't run is listed with the reason and what would change it.
     """
     from medcompile import terminal
-    from medcompile.bench import harness, judgement, machine, results, subject, table
+    from medcompile.bench import harness, judgement, machine, page, results, subject, table
     from medcompile.bench.peer import MODEL, TEXT
     from medcompile.sources import default_cache
 
@@ -102,6 +102,7 @@ def bench(
     place = out or Path("bench") / found.name
     place.mkdir(parents=True, exist_ok=True)
     results.write(made, place / "bench.json")
+    (place / "bench.html").write_text(page.html(made), encoding="utf-8")
     if as_json:
         typer.echo((place / "bench.json").read_text(encoding="utf-8"), nl=False)
     else:
@@ -109,7 +110,7 @@ def bench(
             progress.print(f"note: {note}", markup=False, soft_wrap=True)
         for part in table.told(made):
             terminal.console().print(part, soft_wrap=False)
-    progress.print(f"{place}/bench.json", markup=False)
+    progress.print(f"{place}/bench.json, {place}/bench.html", markup=False)
     if earlier is not None:
         _tell_changes(judgement.compare(made, earlier, tolerance))
 
