@@ -18,6 +18,7 @@ import numpy as np
 
 from medcompile import bundle
 from medcompile.bench.peer import MODEL, TEXT, Array, Cell, Job
+from medcompile.bundle import Bundle
 from medcompile.errors import SourceError, UsageError
 from medcompile.runtime.text import TextAssets, Tokens, read_json
 
@@ -76,8 +77,8 @@ def _of_bundle(path: Path, source: str, data: Path | None) -> Subject:
     found = bundle.read(path)
     said: dict[str, Any] = yaml.safe_load((found.root / "recipe.resolved.yaml").read_text(encoding="utf-8"))
     model = said["model"]
-    folder, why = _checkpoint(f"path:{source}" if source else model["source"], model.get("revision"), Path())
-    manifests = [_manifest(said.get(section)) for section in ("evaluation", "calibration")]
+    folder, why = _checkpoint(found, f"path:{source}" if source else model["source"], model.get("revision"))
+    manifests = [_manifest(found.root, said.get(section)) for section in ("evaluation", "calibration")]
     assets = found.root / "assets"
     labels = read_json(assets / "labels.json", list) if (assets / "labels.json").is_file() else []
     job = Job(
@@ -133,21 +134,28 @@ def _of_recipe(path: Path, scratch: Path, source: str, data: Path | None) -> Sub
     )
 
 
-def _checkpoint(source: str, revision: str | None, base: Path) -> tuple[str, str]:
-    """The folder of a source that is on this machine, or an empty one and why not. Nothing is downloaded."""
+def _checkpoint(found: Bundle, source: str, revision: str | None) -> tuple[str, str]:
+    """The folder of the checkpoint that was compiled, or an empty one and why not. Nothing is downloaded.
+
+    A relative path counts from where the recipe lay, which is most likely a folder beside the bundle's.
+    """
     from medcompile import sources
 
     try:
-        return str(sources.resolve(source, revision, base=base, offline=True).folder), ""
+        checkpoint = sources.resolve(source, revision, base=found.root.parent, offline=True)
     except SourceError as error:
         return "", error.message
+    compiled = found.provenance.get("source_files")
+    if compiled is not None and dict(checkpoint.files) != compiled:
+        return "", f"{checkpoint.folder} holds other files than those that were compiled"
+    return str(checkpoint.folder), ""
 
 
-def _manifest(section: Any) -> Path | None:
-    """The first manifest that a section of a resolved recipe names, if it is found from here."""
+def _manifest(root: Path, section: Any) -> Path | None:
+    """The first manifest that a section of a resolved recipe names, if it is found from here or beside the bundle."""
     named = (section or {}).get("data")
     name = str(named[0] if isinstance(named, list) else named)
-    places = (Path(name), Path("calibration") / f"{name}.yaml")
+    places = (Path(name), *(f / "calibration" / f"{name}.yaml" for f in (Path(), root.parent.parent)))
     return next((p for p in places if p.is_file()), None)
 
 
