@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -22,10 +23,11 @@ MENU = Menu("float32", Variant(FLOAT), {"int8": (INT8,), "int8-weights": (WEIGHT
 
 @dataclass
 class PlantedBench:
-    """A classifier of `layers` layers. errors: by layer, what int8 does to the outputs; weights alone do a tenth of it.
+    """A classifier of some layers. errors: by layer, what int8 does to the outputs; weights alone do a tenth of it.
 
-    True accuracy falls by the root of the summed squares of the layers' errors. Costs are exact: a float layer costs 1,
-    int8 a half, weights alone .8, and all else 2.
+    True accuracy falls by the root of the summed squares of the layers' errors; or, with true_drop, by that much as
+    soon as any layer is not float, flattered: on the acceptance data only. Every variant draws which answers it changes
+    by itself, on the same items. Costs are exact: a float layer costs 1, int8 a half, weights alone .8, all else 2.
     """
 
     errors_of: Mapping[str, float]
@@ -34,6 +36,9 @@ class PlantedBench:
     here: bool = True
     refused: tuple[str, ...] = ()
     seed: int = 0
+    true_drop: float | None = None
+    noise: float = 0.0
+    flattered: bool = False
     judged: list[str] = field(default_factory=list)
 
     def groups(self) -> Mapping[Group, Mapping[str, float]]:
@@ -44,7 +49,7 @@ class PlantedBench:
         return {"float": FLOAT, "int8-dynamic": "int8", "int8-weights": "int8-weights"}[format_of(own)]
 
     def cost(self, variant: Variant) -> Mapping[str, float]:
-        formats = [self.format(name, variant) for name in self.errors_of]
+        formats = self._formats(variant)
         if any(f in self.refused for f in formats):
             raise BackendError("no such kernel", fix="none")
         return {"classify": 2.0 + sum({FLOAT: 1.0, "int8": 0.5, "int8-weights": 0.8}[f] for f in formats)}
@@ -69,15 +74,26 @@ class PlantedBench:
 
     def drop(self, variant: Variant) -> float:
         """The true loss of accuracy."""
-        return self.error(variant)
+        if self.true_drop is None:
+            return self.error(variant)
+        return self.true_drop if self._formats(variant) != [FLOAT] * len(self.errors_of) else 0.0
+
+    def _formats(self, variant: Variant) -> list[str]:
+        return [self.format(name, variant) for name in self.errors_of]
 
     def _judged(self, role: str, variant: Variant) -> tuple[Evidence, ...]:
-        """A fresh draw of each role's items; a variant changes some right answers to wrong ones."""
+        """The role's items are the same for all variants; each changes some right answers to wrong, and some back.
+
+        As many again change either way without any loss, so that a drop of zero is not without flips.
+        """
         self.judged.append(role)
-        rng = np.random.default_rng([self.seed, role == "tuning"])
         n = self.items[role]
-        right, unlucky = rng.random(n) < 0.9, rng.random(n)
-        kept = right & (unlucky >= self.drop(variant) / 0.9)
+        right = np.random.default_rng([self.seed, role == "tuning"]).random(n) < 0.9
+        own = zlib.crc32(" ".join(self._formats(variant)).encode())
+        luck = np.random.default_rng([self.seed, role == "tuning", own]).random(n)
+        drop = 0.0 if self.flattered and role == "tuning" else self.drop(variant)
+        lost, healed = (drop + self.noise) / 0.9, self.noise / 0.1
+        kept = np.where(right, luck >= lost, luck < healed)
         gold = np.zeros(n, np.int64)
         reference, candidate = (Predictions((~r).astype(np.int64)) for r in (right, kept))
         found = evaluate("sequence-classification", self.margins, reference, candidate, gold, None, ("no", "yes"))
