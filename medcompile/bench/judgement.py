@@ -106,6 +106,10 @@ def compare(new: Bench, old: Bench, tolerance: float = TOLERANCE) -> list[Change
                 fix=f"measure again with the same {what}" + (", with --reference" if what == "reference" else ""),
             )
     pairs = list(_pairs(new, old))
+    if not pairs:
+        raise UsageError(
+            "the earlier run has no cell and contender in common with this one", fix="measure the same --shapes again"
+        )
     confidence = 1 - 2 * FALSE_ALARM / max(len(pairs), 1)  # one-sided, and Bonferroni's share of it
     changes = []
     for entry, own, before, references in pairs:

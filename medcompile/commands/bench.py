@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +53,7 @@ def bench(
         Path | None, typer.Option(metavar="BENCH.JSON", help="Exit 1 where it has become slower beyond noise.")
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0.0, help="With --compare: the change that is let pass.")] = 0.02,
+    limits: Annotated[bool, typer.Option(help="First measure what the machine can do at most.")] = True,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for bench.json and bench.html; default bench/NAME.")
     ] = None,
@@ -67,7 +70,6 @@ def bench(
 
     if clock not in (MODEL, TEXT):
         raise UsageError(f"--clock {clock}", fix=f"choose {MODEL} or {TEXT}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
     cores = machine.cpus()
     if threads is not None and not 1 <= threads <= len(cores):
         raise UsageError(f"--threads {threads}; this process may use {len(cores)} cores", fix="give fewer")
@@ -96,8 +98,9 @@ def bench(
             seed=seed,
             inputs=inputs,
             digests=found.digests | {"inputs": digest},
+            limits=limits,
         )
-        with progress.status("") as status:
+        with progress.status("") as status, _ended_politely():
             made = harness.run(plan, status.update if progress.is_terminal else lambda line: None)
     place = out or Path("bench") / found.name
     place.mkdir(parents=True, exist_ok=True)
@@ -113,6 +116,16 @@ def bench(
     progress.print(f"{place}/bench.json, {place}/bench.html", markup=False)
     if earlier is not None:
         _tell_changes(judgement.compare(made, earlier, tolerance))
+
+
+@contextmanager
+def _ended_politely() -> Iterator[None]:
+    """A request to terminate ends what was started, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _pythons(said: list[str]) -> dict[str, str]:
