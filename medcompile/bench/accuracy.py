@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,18 @@ def judge(task: str, own: Answers, reference: Answers) -> Accuracy:
         return Accuracy(items, cosine_mean=float(cosines.mean()), cosine_worst=worst, wrong=wrong)
     same = np.concatenate([_same(task, a, b) for a, b in pairs])
     return _agreed(items, float(same.mean()))
+
+
+def with_gold(found: Accuracy, own: Answers, gold: Sequence[Any], batch: int) -> Accuracy:
+    """found, with how the answers compare with the data's own labels: gold has an entry for each item, in order."""
+    if own.spans:
+        pairs = [(item, gold[k * batch + i]) for k, items in own.spans.items() for i, item in enumerate(items)]
+        wanted = {(n, (a, b, name)) for n, (_, spans) in enumerate(pairs) for a, b, name in spans}
+        given = {(n, span) for n, (spans, _) in enumerate(pairs) for span in spans}
+        total = len(wanted) + len(given)
+        return replace(found, gold=2 * len(wanted & given) / total if total else 1.0, gold_metric="F1")
+    right = [int(row.argmax()) == gold[k * batch + i] for k, rows in own.values.items() for i, row in enumerate(rows)]
+    return replace(found, gold=sum(right) / len(right), gold_metric="accuracy") if right else found
 
 
 def _agreed(items: int, agreement: float) -> Accuracy:

@@ -399,8 +399,14 @@ def _reference(plan: Plan, found: Sequence[Contender]) -> Contender | None:
 
 
 def _judge(plan: Plan, found: Sequence[Contender], reference: Contender) -> None:
-    for contender in found:
-        for cell, answers in contender.answers.items():
-            if cell in reference.answers:
-                judged = accuracy.judge(plan.job.task, answers, reference.answers[cell])
-                contender.timings[cell] = replace(contender.timings[cell], accuracy=judged)
+    """Every contender's answers against the reference's, and against the data's own labels where it has some."""
+    for cell in plan.job.cells:
+        path = Path(plan.job.inputs) / f"{cell.name}.gold.json"
+        gold = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        for contender in found:
+            answers = contender.answers.get(cell.name)
+            if answers is not None and cell.name in reference.answers:
+                judged = accuracy.judge(plan.job.task, answers, reference.answers[cell.name])
+                if gold is not None and not judged.wrong.startswith("answers"):
+                    judged = accuracy.with_gold(judged, answers, gold, cell.batch)
+                contender.timings[cell.name] = replace(contender.timings[cell.name], accuracy=judged)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medcompile import bundle
-from medcompile.bench.peer import MODEL, TEXT, Array, Cell, Job
+from medcompile.bench.peer import MODEL, TEXT, Array, Cell, Job, Span
 from medcompile.bundle import Bundle
 from medcompile.errors import SourceError, UsageError
 from medcompile.runtime.text import TextAssets, Tokens, read_json
@@ -219,6 +219,8 @@ def with_inputs(subject: Subject, job: Job, folder: Path, *, allow_phi: bool) ->
             raw = json.dumps(written).encode()
             (inputs / f"{cell.name}.json").write_bytes(raw)
             digest.update(raw)
+            if gold := _gold(job, items, rows):
+                (inputs / f"{cell.name}.gold.json").write_text(json.dumps(gold), encoding="utf-8")
         else:
             arrays = _arrays(subject, job, items, cell, rows)
             np.savez(inputs / f"{cell.name}.npz", **arrays)  # type: ignore[arg-type]
@@ -260,6 +262,33 @@ def _items(task: str, items: Sequence[Item], rows: int, folder: Path) -> list[st
     if not found:
         raise UsageError(f"no data for {task} with the clock {TEXT}", fix="name a manifest with --data")
     return [found[k % len(found)] for k in range(rows)]
+
+
+def _gold(job: Job, items: Sequence[Item], rows: int) -> list[Any]:
+    """What the data itself says of the items that _items() gives: entities as spans, or a class's id; [] if nothing."""
+    labelled = [i for i in items if i.text]
+    if job.task == "token-classification" and labelled and all(i.labels for i in labelled):
+        return [_spans(labelled[k % len(labelled)]) for k in range(rows)]
+    if job.task == "sequence-classification" and labelled and all(i.label in job.labels for i in labelled):
+        return [job.labels.index(labelled[k % len(labelled)].label) for k in range(rows)]
+    return []
+
+
+def _spans(item: Item) -> list[Span]:
+    """The entities of an item whose text is its words with spaces between."""
+    found: list[Span] = []
+    at, open_label = 0, ""
+    for word, label in zip(item.words, item.labels, strict=True):
+        kind, _, name = label.partition("-")
+        if label == "O":
+            open_label = ""
+        elif kind == "I" and name == open_label:
+            found[-1] = (found[-1][0], at + len(word), name)
+        else:
+            found.append((at, at + len(word), name))
+            open_label = name
+        at += len(word) + 1
+    return found
 
 
 def _images(items: Sequence[Item]) -> list[Any]:

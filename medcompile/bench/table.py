@@ -137,17 +137,18 @@ def ratio(found: Ratio | None, is_reference: bool) -> str:
 
 def answers(timing: Timing, is_reference: bool) -> str:
     """What the accuracy is, in a few words."""
-    if is_reference:
-        return "reference"
     a = timing.accuracy
     if a is None:
         return "-"
+    gold = [f"{a.gold_metric} {a.gold:.4f}"] if a.gold is not None else []
+    if is_reference:
+        return "; ".join(["reference", *gold])
     parts = [f"WRONG: {a.wrong}"] if a.wrong else []
     if a.cosine_mean is not None and a.cosine_worst is not None:
         parts.append(f"cosine {a.cosine_mean:.4f}, worst {a.cosine_worst:.4f}")
     if a.agreement is not None:
         parts.append(f"agreement {a.agreement:.4f}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *gold])
 
 
 def limit(found: Bench, entry: Entry, timing: Timing) -> str:

@@ -11,6 +11,7 @@ import pytest
 from medcompile.bench import accuracy, worker
 from medcompile.bench.accuracy import Answers
 from medcompile.bench.peer import Answer
+from medcompile.bench.results import Accuracy
 
 
 def of(*arrays: Any) -> Answers:
@@ -55,6 +56,15 @@ def test_spans_are_compared_as_sets_of_each_item() -> None:
     assert accuracy.judge("token-classification", Answers({}, {0: same}), Answers({}, {0: same})).agreement == 1.0
     found = accuracy.judge("token-classification", Answers({}, {0: other}), Answers({}, {0: same}))
     assert found.agreement == pytest.approx(6 / 7)
+
+
+def test_the_datas_own_labels_are_a_metric_beside_the_agreement() -> None:
+    spans = Answers({}, {1: [[(0, 3, "Disease")], [(4, 6, "Drug")]]})
+    gold = [[], [], [[0, 3, "Disease"]], [[4, 7, "Drug"]]]
+    found = accuracy.with_gold(Accuracy(2), spans, gold, batch=2)
+    assert (found.gold, found.gold_metric) == (pytest.approx(0.5), "F1")
+    classes = accuracy.with_gold(Accuracy(2), of([[0.1, 0.9], [0.8, 0.2]]), [1, 1], batch=2)
+    assert (classes.gold, classes.gold_metric) == (0.5, "accuracy")
 
 
 @pytest.mark.parametrize(

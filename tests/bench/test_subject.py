@@ -61,6 +61,20 @@ def test_with_the_clock_text_each_batch_holds_texts(workshop: Workshop, tmp_path
     assert not batches[0].feeds
 
 
+def test_the_datas_own_entities_are_kept_as_spans_of_the_texts(workshop: Workshop, tmp_path: Path) -> None:
+    job = prepared(workshop, tmp_path, "token-classification", "8", TEXT)
+    texts = json.loads((tmp_path / "inputs" / "8.json").read_text())
+    gold = json.loads((tmp_path / "inputs" / "8.gold.json").read_text())
+    assert len(gold) == len(texts)
+    assert any(gold)
+    names = {label[2:] for label in job.labels if "-" in label}
+    for text, spans in zip(texts, gold, strict=True):
+        for begin, end, name in spans:
+            assert name in names
+            assert text[begin:end] == text[begin:end].strip() != ""
+            assert begin == 0 or text[begin - 1] == " "
+
+
 def test_images_come_as_pixels_and_as_files(pair: Workshop, tmp_path: Path) -> None:
     found = subject.of(pair.bundle, tmp_path)
     for clock in (MODEL, TEXT):
