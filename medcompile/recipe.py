@@ -163,7 +163,7 @@ class SearchKeys(Section):
     )
     points: int = Field(default=24, ge=2, description="Most bundles to judge on the tuning data.", examples=["24"])
     batches: int = Field(
-        default=2, ge=1, description="Calibration batches that layers are compared on, alone.", examples=["2"]
+        default=4, ge=1, description="Calibration batches that layers are compared on, alone.", examples=["2"]
     )
     measured: list[str] = Field(
         default_factory=list,

@@ -201,17 +201,17 @@ class Bench:
 
         def fill(folder: Path) -> None:
             exact, lower = (cache.read_program(step.folder) for step in (self.shop.program, typed))
-            found = output_error(exact, lower, self.shop.batches, run_onnx, self.batches)
+            found = output_error(exact, lower, self._spread, run_onnx, self.batches)
             (folder / "error.json").write_text(json.dumps(found), encoding="utf-8")
 
-        key = cache.key("output error", 1, self.shop.program.key, typed.key, self.batches, __version__)
+        key = cache.key("output error", 2, self.shop.program.key, typed.key, self.batches, __version__)
         step = self.shop.steps.run(f"compare {variant.name}", key, fill)
         found: float = json.loads((step.folder / "error.json").read_text(encoding="utf-8"))
         return found
 
     def errors(self, formats: Mapping[str, Variant]) -> Mapping[Group, Mapping[str, float]]:
         def fill(folder: Path) -> None:
-            context = Context(folder, self.shop.progress, None, self.shop.batches, run_onnx)
+            context = Context(folder, self.shop.progress, None, self._spread, run_onnx)
             program = cache.read_program(self.shop.program.folder)
             squares: dict[Group, dict[str, float]] = {}
             for rows in sensitivities(program, context, self.shop.quantize, formats, self.batches).values():
@@ -224,10 +224,17 @@ class Bench:
 
         # Where floats are kept and computed has no part in it, so that menus share the answer.
         plain = {name: replace(v, name=name, compute={}) for name, v in formats.items()}
-        key = cache.key("sensitivities", 1, self.shop.program.key, plain, self.batches, self.shop.quantize, __version__)
+        key = cache.key("sensitivities", 2, self.shop.program.key, plain, self.batches, self.shop.quantize, __version__)
         step = self.shop.steps.run(f"sensitivity of {', '.join(formats)}", key, fill)
         table = json.loads((step.folder / "errors.json").read_text(encoding="utf-8"))
         return {tuple(group): own for group, own in table}
+
+    def _spread(self, graph: str) -> Iterator[Feeds]:
+        """Calibration batches that lie evenly among all: they come sorted by length, and the first are the shortest."""
+        total = sum(1 for _ in self.shop.batches(graph))
+        count = min(self.batches, total)
+        chosen = {(2 * i + 1) * total // (2 * count) for i in range(count)}
+        return (feeds for i, feeds in enumerate(self.shop.batches(graph)) if i in chosen)
 
     def tuning(self, variant: Variant) -> tuple[Evidence, ...]:
         return self._judged(variant, self.shop.tuning)

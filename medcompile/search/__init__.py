@@ -25,7 +25,9 @@ from medcompile.search.record import Alternative, LayerChoice, Look, Point, Sear
 from medcompile.spec import Evidence, Margin, Variant, Verdict
 
 _WORTH = 0.01  # a saving below this share is not worth another point: measured times differ by as much
-_BACK = 0.5  # after a failed look, how far along what is left of the line to go
+_BACK = 0.5  # where tuning data refuses what a look asked for, how far along what is left of the line to go
+_ROOM, _LAST_ROOM = 0.9, 0.7  # the part of a margin that the next look's point may be expected to use
+_MOST_SHARE = 0.95
 
 
 class Workbench(Protocol):
@@ -83,6 +85,27 @@ def promising(evidence: Sequence[Evidence], growth: float) -> str:
         if expected <= -e.margin:
             return f"{e.metric} moved by {e.difference:+.4f}, which would not be shown to be within {e.margin:g}"
     return ""
+
+
+def error_to_pass(evidence: Sequence[Evidence], *, last: bool) -> float:
+    """After a look that failed: the share of the point's error at which it would have passed, below 1.
+
+    What is lost is taken to fall with the error, and the width of its interval, which counts changed answers, with the
+    error's root. Some of the margin is left for what the next point does otherwise; more before the last look.
+    """
+    share = 1.0
+    for e in evidence:
+        if e.margin is None or e.verdict is Verdict.NON_INFERIOR:
+            continue
+        room, loss, width = e.margin * (_LAST_ROOM if last else _ROOM), max(-e.difference, 0.0), e.difference - e.lower
+        if not (math.isfinite(loss) and math.isfinite(width)):
+            return 0.0
+        # loss s + width sqrt(s) = room
+        if loss > 1e-12:
+            share = min(share, ((math.sqrt(width**2 + 4 * loss * room) - width) / (2 * loss)) ** 2)
+        elif width > 0:
+            share = min(share, (room / width) ** 2)
+    return min(share, _MOST_SHARE)
 
 
 @dataclass(frozen=True)
@@ -357,23 +380,35 @@ class Searcher:
         return min(judged, key=lambda t: (t.point.error or 0.0, _cost(t)), default=None)
 
     def _next(self, failed: _Tried) -> _Tried | None:
-        """The cheapest point that passed and has less error; else one further along the failed one's line."""
+        """The cheapest point whose error is as far below the failed one's as its look asks for.
+
+        Another that passed already, or one further along the failed one's line.
+        """
         seen = {look.point for look in self.looks}
+        last_look = len(self.looks) + 1 == self.most_looks
+        wanted = (failed.point.error or 0.0) * error_to_pass(self.looks[-1].evidence, last=last_look)
         safer = [
             t
             for t in self.tried.values()
-            if t.point.passed and t.point.name not in seen and (t.point.error or 0.0) < (failed.point.error or 0.0)
+            if t.point.passed and t.point.name not in seen and (t.point.error or 0.0) <= wanted
         ]
-        if safer:
-            return min(safer, key=_cost)
+        known = min(safer, key=_cost, default=None)
         on = self.lines.get(failed.menu.name)
-        place, last = failed.place, len(on.assignments) - 1 if on else -1
-        while on is not None and place < last:
-            place = min(last, place + max(1, math.ceil((last - place) * _BACK)))
+        if on is None:
+            return known
+        last = len(on.assignments) - 1
+        near = (i for i in range(failed.place + 1, last) if predicted_error(on.options, on.assignments[i]) <= wanted)
+        place = next(near, last)
+        if known is not None and _cost(known) <= self._predicted(on, place):
+            return known
+        while place > failed.place:
             found = self._at(on, place)
-            if found is not None and found.point.passed:
+            if found is not None and found.point.passed and found.point.name not in seen:
                 return found
-        return None
+            if place == last:
+                break
+            place = min(last, place + max(1, math.ceil((last - place) * _BACK)))
+        return known
 
     # ---- why
 

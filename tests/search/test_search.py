@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from medcompile.search import at_looks, promising
+from medcompile.search import at_looks, error_to_pass, promising
 from medcompile.search.cost import CostModel, assumed, fitted, scaled
 from medcompile.search.line import Option, hull, line
 from medcompile.search.record import read, write
-from medcompile.spec import Margin
+from medcompile.spec import Margin, Verdict
 from tests.search.planted import PlantedBench, searcher
 
 GOOD = {f"layer.{i}": 0.0005 for i in range(12)}
@@ -116,3 +118,15 @@ def _int8():  # type: ignore[no-untyped-def]
     from tests.search.planted import INT8
 
     return INT8
+
+
+def test_after_a_look_that_failed_by_little_the_next_point_is_only_a_little_safer() -> None:
+    bench = PlantedBench(GOOD, margins=(Margin("accuracy", 0.02),))
+    (near,) = bench.tuning(searcher(bench).menus[0].base)
+    short = replace(near, difference=-0.005, lower=-0.021, verdict=Verdict.INCONCLUSIVE)
+    far = replace(near, difference=-0.05, lower=-0.06, verdict=Verdict.INFERIOR)
+    assert 0.6 < error_to_pass([short], last=False) < 0.95
+    assert error_to_pass([short], last=True) < error_to_pass([short], last=False)
+    assert error_to_pass([far], last=False) < 0.3
+    share = error_to_pass([short], last=False)
+    assert 0.005 * share + 0.016 * share**0.5 == pytest.approx(0.9 * 0.02)
