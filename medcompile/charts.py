@@ -20,12 +20,13 @@ STYLE = (
 .chart figcaption{margin-bottom:.5rem}
 .chart .plot{overflow-x:auto}
 .chart svg{display:block;width:100%;min-width:36rem;max-width:52rem;height:auto;font:12px system-ui,sans-serif}
-.chart text{fill:var(--ink)}
+.chart text{fill:var(--ink);paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
 .chart .faint{fill:var(--faint)}
 .chart .end{text-anchor:end}
 .chart .middle{text-anchor:middle}
 .chart .grid{stroke:var(--grid);stroke-width:1;fill:none}
 .chart .axis{stroke:var(--faint);stroke-width:1;fill:none}
+.chart .halo{stroke:var(--paper);stroke-width:4;fill:none}
 .chart .limit{stroke:var(--ink);stroke-width:2;stroke-dasharray:6 4;fill:none}
 .chart .cell{fill:var(--ink);stroke:var(--paper)}
 .chart .none{fill:none;stroke:var(--grid)}
@@ -107,8 +108,8 @@ def scatter(
     kinds: the order in which shapes are given out; by appearance where it names none.
     """
     order = _order(kinds, (d.kind for d in dots))
-    legend, top = _legend([k for k in order if k], 10, order)
-    plot = _Plot.of([d.x for d in dots], [d.y for d in dots], x, y, top, limit)
+    legend, top = _legend([k for k in order if k], order, limit.label if limit else "")
+    plot = _Plot.of([(d.x, d.y) for d in dots], x, y, top, limit)
     drawn = [d for d in dots if plot.holds(d.x, d.y)]
     body = [*legend, *plot.frame(x, y, limit)]
     taken = [(plot.x(d.x) - 6, plot.y(d.y) - 6, plot.x(d.x) + 6, plot.y(d.y) + 6) for d in drawn]
@@ -125,9 +126,8 @@ def scatter(
 def lines(caption: Caption, series: Sequence[Series], x: Axis, y: Axis, limit: Limit | None = None) -> str:
     """One line for each series, told apart by dash and marker, and a limit on y."""
     names = [s.name for s in series]
-    legend, top = _legend(names, 10, names, line=True)
-    points = [p for s in series for p in s.points]
-    plot = _Plot.of([p[0] for p in points], [p[1] for p in points], x, y, top, limit)
+    legend, top = _legend(names, names, limit.label if limit else "", line=True)
+    plot = _Plot.of([p for s in series for p in s.points], x, y, top, limit)
     body = [*legend, *plot.frame(x, y, limit)]
     for k, one in enumerate(series):
         places = [(plot.x(a), plot.y(b)) for a, b in one.points if plot.holds(a, b)]
@@ -155,7 +155,8 @@ def histogram(
     """counts[i] values lie from edges[i] to edges[i + 1]; cuts are marked by dashed lines."""
     base = 1.0 if y.log else 0.0
     tops = [float(c) for c in counts]
-    plot = _Plot.of([*edges, *(c.value for c in cuts)], [base, *tops], x, y, 12.0 + 14 * len(cuts), None)
+    corners = [(at, base) for at in (*edges, *(c.value for c in cuts))] + [(edges[0], top) for top in tops]
+    plot = _Plot.of(corners, x, y, 12.0 + 14 * len(cuts), None)
     body = plot.frame(x, y, None)
     for low, high, count in zip(edges[:-1], edges[1:], tops, strict=True):
         if plot.holds(low, max(count, base)) and plot.holds(high, base):
@@ -175,8 +176,12 @@ def histogram(
 def heat(
     caption: Caption, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], axis: Axis
 ) -> str:
-    """A strip of cells for each row, darker where values[row][column] is larger; an empty box where it is None."""
+    """A strip of cells for each row, of a stronger shade where values[row][column] is larger; empty where it is None.
+
+    Columns are numbered; their names are in the table.
+    """
     known = [v for row in values for v in row if v is not None and _drawable(v, axis)]
+    steps = 5 if known and min(known) < max(known) else min(len(known), 1)
     scale = _Scale.of(known, axis, 0, 5, rounded=False)
     left = _column(rows)
     wide = min((_WIDTH - left - 10) / max(len(columns), 1), 44.0)
@@ -189,17 +194,20 @@ def heat(
             shade = f'class="cell" fill-opacity="{_shade(value, scale)}"' if drawn else 'class="none"'
             body.append(f"<rect {shade} {box}><title>{escape(f'{column}: {number(value)}')}</title></rect>")
         y += 28
-    every = max(1, math.ceil(_LETTER * (max(map(len, columns), default=1) + 1) / wide))
-    body += [_text(c, left + (k + 0.5) * wide, y + 10, "middle faint") for k, c in enumerate(columns) if k % every == 0]
+    every = max(1, math.ceil(24 / wide))
+    numbered = range(0, len(columns), every)
+    body += [_text(str(k + 1), left + (k + 0.5) * wide, y + 10, "middle faint") for k in numbered]
     y += 34
-    body.append(_text(axis.label, left - 8, y + 11, "end"))
-    for step in range(5 if known else 0):
-        low, high = scale.back(step), scale.back(step + 1)
-        box = f'x="{_px(left + step * 110)}" y="{_px(y)}" width="18" height="14"'
-        body.append(f'<rect class="cell" fill-opacity="{_px(0.08 + 0.2 * step)}" {box}/>')
-        body.append(_text(f"{number(low, 2)} to {number(high, 2)}", left + step * 110 + 23, y + 11, "faint"))
-    table = [(c, *(number(row[k]) for row in values)) for k, c in enumerate(columns)]
-    return _figure(caption, y + 24, body, ("", *rows), table)
+    body.append(_text(f"{axis.label}:", 12, y + 11))
+    for step in range(steps):
+        low, high = (scale.back(step), scale.back(step + 1)) if steps > 1 else (known[0], known[0])
+        at = 30 + _LETTER * len(axis.label) + step * 110
+        box = f'x="{_px(at)}" y="{_px(y)}" width="18" height="14"'
+        body.append(f'<rect class="cell" fill-opacity="{_shade((low + high) / 2, scale)}" {box}/>')
+        told = f"{number(low, 2)} to {number(high, 2)}" if steps > 1 else number(low)
+        body.append(_text(told, at + 23, y + 11, "faint"))
+    table = [(f"{k + 1}. {c}", *(number(row[k]) for row in values)) for k, c in enumerate(columns)]
+    return _figure(caption, y + 24, body, ("Column", *rows), table)
 
 
 # ---- rows of estimates
@@ -209,11 +217,7 @@ def _rows(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str
     order = _order(kinds, (r.kind for r in rows))
     limited = [r.limit for r in rows if r.limit is not None]
     intervals = any(r.low is not None or r.high is not None for r in rows)
-    legend, top = _legend([k for k in order if k], 10, order, filled=filled)
-    if limited:
-        legend.append(f'<path class="limit" d="M10 {_px(top + 2)}h26"/>')
-        legend.append(_text(limit, 42, top + 6))
-        top += 22
+    legend, top = _legend([k for k in order if k], order, limit if limited else "", filled=filled)
     seen = [v for r in rows for v in (r.value, r.low, r.high, r.limit) if v is not None and _drawable(v, axis)]
     right = 170.0 if intervals else 70.0
     scale = _Scale.of(seen if axis.log else [0.0, *seen], axis, _column([r.label for r in rows]), _WIDTH - right)
@@ -254,7 +258,7 @@ def _row(row: Bar, y: float, base: float, scale: _Scale, axis: Axis, kind: int, 
     if known and filled:
         left, right = sorted((base, scale(row.value)))
         size = f'x="{_px(left)}" y="{_px(y - 7)}" width="{_px(max(right - left, 1))}" height="14"'
-        yield f'<rect class="m{kind % _KINDS}" fill-opacity="{1.0 if kind == 0 else 0.12 * (kind % 3)}" {size}/>'
+        yield _rectangle(kind, size)
     if row.low is not None or row.high is not None:
         ends = []
         for end, beyond in ((row.low, scale.start), (row.high, scale.end)):
@@ -264,7 +268,9 @@ def _row(row: Bar, y: float, base: float, scale: _Scale, axis: Axis, kind: int, 
         path = f"M{_px(low)} {_px(y)}H{_px(high)}"
         path += f"M{_px(low + 6)} {_px(y - 5)}l-6 5l6 5" if open_low else f"M{_px(low)} {_px(y - 5)}v10"
         path += f"M{_px(high - 6)} {_px(y - 5)}l6 5l-6 5" if open_high else f"M{_px(high)} {_px(y - 5)}v10"
-        yield f'<path class="{"axis" if filled else f"l{kind % _KINDS}"}" stroke-dasharray="none" d="{path}"/>'
+        if filled:  # seen on the bar, too
+            yield f'<path class="halo" d="{path}"/>'
+        yield f'<path class="{"axis" if filled else f"l{kind % _KINDS}"}" style="stroke-dasharray:none" d="{path}"/>'
     if row.limit is not None and _drawable(row.limit, axis):
         yield f'<path class="limit" d="M{_px(scale(row.limit))} {_px(y - 12)}v24"/>'
     if known and not filled:
@@ -338,13 +344,12 @@ class _Plot:
     axes: tuple[Axis, Axis]
 
     @classmethod
-    def of(cls, xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis, top: float, limit: Limit | None) -> _Plot:
+    def of(cls, points: Sequence[tuple[float, float]], x: Axis, y: Axis, top: float, limit: Limit | None) -> _Plot:
+        """Wide enough for every point that can be drawn, and for the limit."""
+        drawn = [(a, b) for a, b in points if _drawable(a, x) and _drawable(b, y)]
         bottom = top + 300
-        return cls(
-            _Scale.of(xs, x, 78, _WIDTH - 20),
-            _Scale.of([*ys, *([limit.value] if limit else [])], y, bottom, top),
-            (x, y),
-        )
+        levels = [b for _, b in drawn] + ([limit.value] if limit else [])
+        return cls(_Scale.of([a for a, _ in drawn], x, 78, _WIDTH - 20), _Scale.of(levels, y, bottom, top), (x, y))
 
     @property
     def bottom(self) -> float:
@@ -370,7 +375,6 @@ class _Plot:
         if limit is not None and _drawable(limit.value, y):
             level = self.y(limit.value)
             parts.append(f'<path class="limit" d="M{_px(left)} {_px(level)}H{_px(right)}"/>')
-            parts.append(_text(limit.label, right - 4, level + (-6 if level > top + 20 else 14), "end"))
         return parts
 
 
@@ -400,27 +404,31 @@ def _marker(kind: int, x: float, y: float) -> str:
 
 
 def _legend(
-    names: Sequence[str], top: float, order: Sequence[str], *, line: bool = False, filled: bool = False
+    names: Sequence[str], order: Sequence[str], limit: str = "", *, line: bool = False, filled: bool = False
 ) -> tuple[list[str], float]:
-    """The legend's parts, and where the plot may begin."""
-    parts, x, y = [], 12.0, top + 2
-    for name in names:
-        kind, width = order.index(name), 44 + _LETTER * len(name)
+    """The legend's parts, and where the plot may begin. limit: what its dashed line is called."""
+    parts, x, y = [], 12.0, 12.0
+    for name in [*names, *([limit] if limit else [])]:
+        width = 44 + _LETTER * len(name)
         if x + width > _WIDTH and x > 12:
             x, y = 12.0, y + 20
-        if line:
-            parts.append(f'<path class="l{kind % _KINDS}" d="M{_px(x - 4)} {_px(y)}h24"/>')
-        if filled:
-            opacity = 1.0 if kind == 0 else 0.12 * (kind % 3)
-            parts.append(
-                f'<rect class="m{kind % _KINDS}" fill-opacity="{opacity}" x="{_px(x)}" y="{_px(y - 6)}"'
-                ' width="16" height="12"/>'
-            )
+        if name == limit:
+            parts.append(f'<path class="limit" d="M{_px(x - 4)} {_px(y)}h24"/>')
+        elif filled:
+            size = f'x="{_px(x)}" y="{_px(y - 6)}" width="16" height="12"'
+            parts.append(_rectangle(order.index(name), size))
         else:
-            parts.append(_marker(kind, x + 8, y))
+            if line:
+                parts.append(f'<path class="l{order.index(name) % _KINDS}" d="M{_px(x - 4)} {_px(y)}h24"/>')
+            parts.append(_marker(order.index(name), x + 8, y))
         parts.append(_text(name, x + 24, y + 4))
         x += width
-    return parts, (y + 18 if names else top)
+    return parts, (y + 18 if parts else 10.0)
+
+
+def _rectangle(kind: int, size: str) -> str:
+    """The first kind is full, the others are lighter within their outline."""
+    return f'<rect class="m{kind % _KINDS}" fill-opacity="{1.0 if kind == 0 else 0.12 * (kind % 3)}" {size}/>'
 
 
 def _placed(

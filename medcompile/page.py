@@ -57,12 +57,17 @@ table{border-collapse:collapse;font-size:.875rem}
 caption{text-align:left;font-weight:600;padding:.25rem 0}
 th,td{text-align:left;vertical-align:top;padding:.25rem .75rem .25rem 0;border-bottom:1px solid var(--grid)}
 td{font-variant-numeric:tabular-nums}
+.dense{font-size:.8125rem}
+.dense th,.dense td{padding-right:.5rem}
+.headline{font-size:1.125rem}
 code,pre{font-family:ui-monospace,monospace;font-size:.875em;overflow-wrap:anywhere}
 pre{padding:.75rem;border:1px solid var(--grid);overflow-x:auto;white-space:pre-wrap}
 summary{cursor:pointer}
 .faint{color:var(--faint)}
 @page{size:A4;margin:16mm}
-@media print{body{font-size:10pt}.skip,nav{display:none}.wide{overflow:visible}table{font-size:8pt}
+@media print{body{font-size:10pt}header,main,footer{max-width:none;padding:0}
+.skip,nav{display:none}.wide{overflow:visible}
+table{font-size:8pt}.dense{font-size:6.5pt}
 tr{break-inside:avoid}thead{display:table-header-group}a{color:inherit;text-decoration:none}
 details::details-content{content-visibility:visible;display:block}}
 """

@@ -113,7 +113,7 @@ def test_labels_that_would_lie_on_one_another_are_left_to_the_table() -> None:
 def test_a_limit_is_drawn_at_its_value() -> None:
     dots = [Dot(0.0, 0.0, "low"), Dot(1.0, 1.0, "high")]
     svg = ET.fromstring(charts.scatter(CAPTION, dots, Axis("x"), Axis("y"), Limit(1.0, "no more")))
-    (line,) = [e.get("d", "") for e in svg.iter("path") if e.get("class") == "limit"]
+    _, line = [e.get("d", "") for e in svg.iter("path") if e.get("class") == "limit"]  # the first is the legend's
     level = re.fullmatch(r"M\S+ (\S+)H\S+", line)
     assert level
     assert f" {level[1]}m" in " ".join(e.get("d", "") for e in svg.iter("path") if e.get("class") == "m0")

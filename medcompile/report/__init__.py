@@ -38,6 +38,7 @@ def texts(contents: Contents, root: Path) -> dict[str, str]:
 
 def render(facts: Facts, told: words.Told) -> str:
     """The page."""
+    several = len({a.graph for a in facts.artifacts}) > 1
     template = resources.files(__name__).joinpath("report.html.j2").read_text(encoding="utf-8")
     body = (
         _environment()
@@ -47,7 +48,8 @@ def render(facts: Facts, told: words.Told) -> str:
             told=told,
             figures=figures.draw(facts),
             commands=words.commands(facts),
-            several=len({a.graph for a in facts.artifacts}) > 1,
+            several=several,
+            who={a.path: f"{a.variant} on {a.target.name}{f', {a.graph}' if several else ''}" for a in facts.artifacts},
             ids_shown=_IDS_SHOWN,
         )
     )

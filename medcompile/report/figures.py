@@ -182,7 +182,9 @@ def _sensitivity(facts: Facts) -> Iterator[str]:
         formats = list(dict.fromkeys(form for by_format in errors for form in by_format))
         yield charts.heat(
             Caption(
-                f"layers-{n}", f"Every group of layers in graph order, on {search.target}", f"{text} Darker is more."
+                f"layers-{n}",
+                f"Every group of layers in graph order, on {search.target}",
+                f"{text} The stronger the shade, the further.",
             ),
             formats,
             names,

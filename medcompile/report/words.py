@@ -82,7 +82,7 @@ def _headline(facts: Facts, findings: Sequence[Finding]) -> str:
     if not good:
         return "No variant below fp32 is shown to be non-inferior to the original within the budget."
     others = len(lower) - len(good)
-    rest = f" Of {others} other{'s' * (others > 1)} below fp32 that is not shown." if others else ""
+    rest = f" It is not shown of {others} other{'s' * (others > 1)} below fp32." if others else ""
     return f"Shown to be non-inferior to the original within the budget: {_listed(good)}.{rest}"
 
 

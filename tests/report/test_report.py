@@ -120,7 +120,7 @@ def test_the_search_is_told_with_its_points_looks_and_reasons(found: Bundle) -> 
 def test_flips_are_listed_by_id_and_the_rest_counted(found: Bundle) -> None:
     page, evidence = read(found)
     words = page.root.words
-    assert f"{found.artifacts[1].path}: 450" in words and "Harmful: 225" in words
+    assert "int8 on fake-cpu: 450" in words and "Harmful: 225" in words
     assert f"{3:064x}" in words and "25 more, which flips.json lists" in words
     assert len(evidence["flips"][found.artifacts[1].path]) == 450
 
