@@ -45,8 +45,17 @@ _OUTCOMES: dict[Verdict, Outcome] = {
     Verdict.INFERIOR: "not met",
     Verdict.INCONCLUSIVE: "not shown",
 }
-_DISTANCES = ("agreement", "top1_agreement", "nearest_neighbour_agreement", "cosine", "cosine_worst", "kl", "flips")
-"""Metrics of how far b's answers are from a's: that they differ does not say which are right."""
+_DISTANCES = (
+    "agreement",
+    "top1_agreement",
+    "nearest_neighbour_agreement",
+    "cosine",
+    "cosine_worst",
+    "kl",
+    "flips",
+    "harmful_flips",
+)
+"""Metrics of how far b's answers are from a's: nothing can be gained by them, and what b heals is not counted."""
 _ROUNDING = 1e-6
 _GROUP = re.compile(r"\[[^\]]+:[^\]]+\]$")
 

@@ -228,6 +228,16 @@ def layer_error_table(rows: Sequence[LayerError], title: str) -> Table:
     return table
 
 
+def table(title: str, head: str, rows: Iterable[Sequence[str | Text]]) -> Table:
+    """A table of plain text. head: the columns' names with | between them; those that begin with > are set right."""
+    made = Table(title=Text(title), title_justify="left")
+    for name in head.split("|"):
+        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    return made
+
+
 def facts(rows: Iterable[tuple[str, Any]]) -> Table:
     """Two columns without a frame: a name and what it is."""
     table = Table.grid(padding=(0, 2))

@@ -92,6 +92,7 @@ def test_a_protocol_with_a_mistake_is_refused_with_its_place(tmp_path: Path, tex
         ("f1", (-0.03, 0.01), "no change shown"),
         ("agreement", (-0.03, 0.0), "differs"),
         ("agreement[sex:f]", (-0.03, 0.0), "differs"),
+        ("harmful_flips", (-0.03, -0.01), "differs"),
         ("cosine", (-1e-9, 1e-9), "none"),
     ],
 )

@@ -14,6 +14,7 @@ from medcompile.errors import DataError, PhiError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from medcompile.bundle import Bundle
     from medcompile.change_record import Criteria
@@ -135,7 +136,7 @@ def _tell(changed: Diff, tested: Paired, criteria: Criteria, verbose: bool) -> N
     )
     for table in _file_tables(changed, None if verbose else _SHOWN):
         console.print(table)
-    for table in _run_tables(tested):
+    for table in _run_tables(tested, verbose):
         console.print(table)
     same = [
         what
@@ -217,10 +218,14 @@ def _file_tables(changed: Diff, most: int | None) -> Iterator[Table]:
     yield from _table("sizes and recorded latencies", head, built)
 
 
-def _run_tables(tested: Paired) -> Iterator[Table]:
-    """What running both told."""
+def _run_tables(tested: Paired, verbose: bool) -> Iterator[Table]:
+    """What running both told: what was judged, and of the rest what moved, unless all is wanted."""
+    from rich.text import Text
+
     from medcompile.change_record import impacts
 
+    found = impacts(tested)
+    shown = [i for i in found if verbose or i.evidence.verdict or i.effect in _COLORS]
     rows = [
         (
             i.target,
@@ -233,12 +238,15 @@ def _run_tables(tested: Paired) -> Iterator[Table]:
             f"{i.evidence.interval[0]:+.4f} .. {i.evidence.interval[1]:+.4f}",
             "" if i.evidence.margin is None else f"{i.evidence.margin:g}",
             str(i.evidence.verdict or ""),
-            f"[{_COLORS.get(i.effect, 'dim')}]{i.effect}[/]",
+            Text(i.effect, _COLORS.get(i.effect, "dim")),
         )
-        for i in impacts(tested)
+        for i in shown
     ]
+    title = "b against a, on the same items"
+    if len(shown) < len(found):
+        title += f" (and {len(found) - len(shown)} other metrics without a change; -v or --json for all)"
     head = "target|graph|variant|metric|>a|>b|>difference|interval|>margin|verdict|effect"
-    yield from _table("b against a, on the same items", head, rows, markup=True)
+    yield from _table(title, head, rows)
     flips = [
         (p.target, p.graph, _names(p), str(p.items), *(str(p.flips.get(k, 0)) for k in ("harmful", "healed", "other")))
         for p in tested.pairs
@@ -265,26 +273,13 @@ def _run_tables(tested: Paired) -> Iterator[Table]:
     yield from _table("latency, in turns on this machine", head, times)
 
 
-def _table(
-    title: str, head: str, rows: Sequence[Sequence[str]], most: int | None = None, *, markup: bool = False
-) -> Iterator[Table]:
-    """A table, unless there are no rows; of more than most, the first and how many more.
+def _table(title: str, head: str, rows: Sequence[Sequence[str | Text]], most: int | None = None) -> Iterator[Table]:
+    """A table as terminal.table has it, unless there are no rows; of more than most, the first and how many more."""
+    from medcompile import terminal
 
-    head: the columns' names with | between them; those with > are set to the right.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        return
     more = f" (first {most} of {len(rows)}; -v or --json for all)" if most is not None and len(rows) > most else ""
-    table = Table(title=Text(title + more), title_justify="left")
-    for name in head.split("|"):
-        right = name.startswith(">")
-        table.add_column(name.lstrip(">"), justify="right" if right else "left", overflow="fold")
-    for row in rows[:most]:
-        table.add_row(*(Text.from_markup(c) if markup and c.startswith("[") else Text(c) for c in row))
-    yield table
+    if rows:
+        yield terminal.table(title + more, head, rows[:most])
 
 
 def _names(pair: Any) -> str:

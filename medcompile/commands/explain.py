@@ -177,14 +177,8 @@ def _layers(rules: Sequence[Ruled]) -> str:
 
 
 def _table(title: str, head: str, rows: Sequence[Sequence[str]]) -> Iterator[Table]:
-    """A table, unless there are no rows. head: the columns' names with | between; those with > are set to the right."""
-    from rich.table import Table
-    from rich.text import Text
+    """A table as terminal.table has it, unless there are no rows."""
+    from medcompile import terminal
 
     if rows:
-        table = Table(title=Text(title), title_justify="left")
-        for name in head.split("|"):
-            table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        yield table
+        yield terminal.table(title, head, rows)
