@@ -1,0 +1,203 @@
+"""What the search finds inside each margin, and whether a published alternative inside it would have been faster.
+
+    python benchmarks/budget_search.py search FOLDER --models MODELS --data DATA [--only NAME] [--objective size]
+    python benchmarks/budget_search.py plain FOLDER --models MODELS --data DATA --only minilm-ner
+    python benchmarks/budget_search.py compare FOLDER --data DATA [--only minilm-ner] [--cpus 0] [--rounds 15]
+    python benchmarks/budget_search.py table FOLDER [--out benchmarks/results/budget_search.md]
+
+search: one build with optimize for each model and margin, its steps from a cache of FOLDER. plain: the time of a plain
+int8 build from an empty cache, and of a search from one. compare: judges what was found as the alternatives were, and
+times all of them in turns (budget_peers.py). FOLDER, MODELS and DATA are those of budget_peers.py, which goes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from budget_models import MODELS, ROOT, Model, Places, settings, tuning
+
+from medcompile import bundle
+from medcompile.search import record
+
+PLAIN = "variants={int8: {weights: int8, activations: int8, symmetric: false}}"
+
+
+def build(model: Model, places: Places, margin: float, out: Path, how: list[str], cache: Path) -> float:
+    """Builds in a process of its own; returns seconds. What was built before stays."""
+    changed = [*settings(model, places, margin), *how]
+    command = [sys.executable, "-c", "from medcompile.cli import main; main()", "build", str(ROOT / model.recipe)]
+    command += ["-o", str(out), "--cache", str(cache)]
+    command += [word for change in changed for word in ("--set", change)]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 3):
+        raise SystemExit(done.stderr[-3000:])
+    return time.perf_counter() - started
+
+
+def searched(model: Model, places: Places, margin: float, objective: str) -> Path:
+    return places.of(model) / f"search-{objective}" / f"{margin:g}"
+
+
+def how(model: Model, places: Places, objective: str) -> list[str]:
+    return ["variants=null", f"optimize={objective}", tuning(model, places)]
+
+
+def search_all(model: Model, places: Places, objective: str) -> None:
+    for margin in model.margins:
+        out = searched(model, places, margin, objective)
+        if (out / bundle.MANIFEST).is_file():
+            continue
+        seconds = build(model, places, margin, out, how(model, places, objective), places.work / "cache")
+        for found in record.read(out / record.FILE):
+            point = found.chosen or "nothing"
+            print(
+                f"{model.name} {margin:g} {found.target}: {point}, {found.seconds:.0f} of {seconds:.0f} s", flush=True
+            )
+
+
+def plain_all(model: Model, places: Places, objective: str) -> None:
+    """From empty caches: the plain build, then the search."""
+    told: dict[str, float] = {}
+    for name, ways in (("plain", [PLAIN]), ("search", how(model, places, objective))):
+        cache, out = places.of(model) / f"cost-{name}-cache", places.of(model) / f"cost-{name}"
+        for folder in (cache, out):
+            shutil.rmtree(folder, ignore_errors=True)
+        one = ["targets=[openvino-cpu]"]
+        told[name] = round(build(model, places, 0.01, out, [*ways, *one], cache), 1)
+        shutil.rmtree(cache)
+        print(model.name, name, told[name], "s", flush=True)
+    (places.of(model) / "cost.json").write_text(json.dumps(told), encoding="utf-8")
+
+
+def also(model: Model, places: Places) -> list[str]:
+    folders = (f for f in sorted(places.of(model).glob("search-*/*")) if (f / bundle.MANIFEST).is_file())
+    return [f"{folder.parent.name} {float(folder.name):.1%}={folder}" for folder in folders]
+
+
+def compare(model: Model, places: Places, cpus: list[int], rounds: int) -> None:
+    peers = [sys.executable, str(ROOT / "benchmarks/budget_peers.py")]
+    common = [str(places.work), "--data", str(places.files), "--only", model.name, "--also", *also(model, places)]
+    common += ["--cpus", *map(str, cpus)]
+    subprocess.run([*peers, "judge", *common], check=True)
+    subprocess.run([*peers, "time", *common, "--rounds", str(rounds)], check=True)
+
+
+def rows(model: Model, places: Places) -> Iterator[dict[str, Any]]:
+    """One for each search: what it found, and the fastest alternative that its margin admits too."""
+    listed = places.of(model) / "rows.json"
+    peers = [sys.executable, str(ROOT / "benchmarks/budget_peers.py"), "table", str(places.work)]
+    peers += ["--only", model.name, "--json", str(listed), "--also", *also(model, places)]
+    subprocess.run(peers, check=True, stdout=subprocess.DEVNULL)
+    every = json.loads(listed.read_text(encoding="utf-8"))["models"][model.name]["rows"]
+    times = json.loads((places.of(model) / "timed.json").read_text(encoding="utf-8"))["times"]
+    others = [r for r in every if "latency_ms" in r and not r["name"].startswith(("search-", "medcompile fp32"))]
+    for words in also(model, places):
+        name, _, path = words.partition("=")
+        margin = f"{float(Path(path).name):g}"
+        for found in record.read(Path(path) / record.FILE):
+            own = next(
+                (r for r in every if r["name"] == f"{name} {found.variant}, {found.target.partition('-')[0]}"), None
+            )
+            if own is None or "latency_ms" not in own:
+                continue
+            inside = [r for r in others if r["verdicts"][margin] == "non-inferior"]
+            best = min(inside, key=lambda r: sum(r["latency_ms"].values()), default=None)
+            yield {
+                "margin": margin,
+                "objective": found.objective,
+                "target": found.target,
+                "found": found.chosen or "nothing confirmed",
+                "formats": dict(found.point(found.chosen).formats) if found.chosen else {},
+                "looks": f"{len(found.looks)} of {found.most_looks}",
+                "ms": sum(own["latency_ms"].values()),
+                "mb": sum(own["size_bytes"].values()) / 1e6,
+                "to_fp32": statistics.median(_ratios(times, own["name"], "medcompile fp32, openvino")),
+                "verdict": own["verdicts"][margin],
+                "seconds": found.seconds,
+                "best": best["name"] if best else "none",
+                "to_best": statistics.median(_ratios(times, own["name"], best["name"])) if best else None,
+            }
+
+
+def _ratios(times: dict[str, dict[str, list[float]]], one: str, other: str) -> list[float]:
+    """By round, the time of one over that of the other, of all graphs together."""
+    sums = [[sum(turn) for turn in zip(*times[name].values(), strict=True)] for name in (one, other)]
+    return [a / b for a, b in zip(*sums, strict=True)]
+
+
+def table(models: list[Model], places: Places) -> list[str]:
+    lines = [
+        "# What the search finds inside a budget",
+        "",
+        "Made by `benchmarks/budget_search.py`, which says how. Verdicts are of the whole acceptance data at 95 %; the",
+        "search itself asked for more, to allow for its looks. to fp32, to best: medians over rounds of the ratio of",
+        "times, all contenders in turns; below 1 is faster. best: the fastest alternative (budget_peers.md) that the",
+        "same margin admits by the same test, on either backend.",
+        "",
+    ]
+    for model in models:
+        cost = places.of(model) / "cost.json"
+        lines += [
+            f"## {model.name}: {model.metric}",
+            "",
+            "| margin | objective | target | found | layers | looks | ms | to fp32 | MB | inside | s | best | to it |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in rows(model, places):
+            layers = ", ".join(f"{n} {f}" for f, n in r["formats"].items())
+            to_best = "" if r["to_best"] is None else f"{r['to_best']:.3f}"
+            asked = f"{float(r['margin']):.1%} | {r['objective']} | {r['target']}"
+            lines.append(
+                f"| {asked} | {r['found']} | {layers} | {r['looks']} "
+                f"| {r['ms']:.3f} | {r['to_fp32']:.3f} | {r['mb']:.1f} | {r['verdict']} | {r['seconds']:.0f} "
+                f"| {r['best']} | {to_best} |"
+            )
+        if cost.is_file():
+            told = json.loads(cost.read_text(encoding="utf-8"))
+            lines += ["", f"From empty caches, one target: plain int8 build {told['plain']:.0f} s, search "]
+            lines[-1] += f"{told['search']:.0f} s: {told['search'] / told['plain']:.1f} times as long."
+        lines.append("")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("search", "plain", "compare", "table"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--objective", choices=("latency", "size", "throughput"), default="latency")
+    parser.add_argument("--cpus", type=int, nargs="+", default=[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    whole = [p.resolve() if p else None for p in (given.models, given.data)]
+    places = Places(given.folder.resolve(), *whole).prepared()
+    models = [MODELS[name] for name in given.only]
+    if given.step == "table":
+        lines = table([m for m in models if (places.of(m) / "timed.json").is_file()], places)
+        print("\n".join(lines))
+        if given.out:
+            given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for model in models:
+        if given.step == "search":
+            search_all(model, places, given.objective)
+        elif given.step == "plain":
+            plain_all(model, places, given.objective)
+        elif given.step == "compare":
+            compare(model, places, given.cpus, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
