@@ -107,8 +107,7 @@ def run(plan: Plan, tell: Tell) -> Bench:
     limits = roofline.measure(plan.job.threads, plan.job.cpus) if plan.limits else Limits()
     with ExitStack() as opened:
         for contender in runnable:
-            tell(f"{contender.name}: loading")
-            _start(plan, contender, opened)
+            _start(plan, contender, opened, tell)
         shapes = [
             _cell(plan, index, cell, [c for c in runnable if c.process is not None], tell)
             for index, cell in enumerate(plan.job.cells)
@@ -213,16 +212,18 @@ def _process(plan: Plan, peer: str, job: Job, python: str, step: str) -> Process
     return Process(python, [peer, file.name, step], Path(file.name).with_suffix(".log"), job.threads)
 
 
-def _start(plan: Plan, contender: Contender, opened: ExitStack) -> None:
+def _start(plan: Plan, contender: Contender, opened: ExitStack, tell: Tell) -> None:
     """Prepare and load; on an error it is out."""
     peer = contender.peer
     try:
         if contender.prepares:
+            tell(f"{contender.name}: preparing its files, unless an earlier run did")
             with _process(plan, peer, contender.job, contender.python, "prepare") as process:
                 told = process.answer(plan.patience.prepare_s, "prepare")
             contender.entry = replace(
                 contender.entry, prepare_s=told["seconds"], prepare_peak_mb=told["peak_bytes"] / _MB
             )
+        tell(f"{contender.name}: loading")
         contender.process = opened.enter_context(_process(plan, peer, contender.job, contender.python, "serve"))
         told = contender.process.ask("load", plan.patience.load_s)
         contender.process.pause()

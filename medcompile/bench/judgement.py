@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from medcompile.bench import statistics
+from medcompile.bench import roofline, statistics
 from medcompile.bench.results import Bench, Entry, Shape, Timing
 from medcompile.bench.statistics import Ratio
 from medcompile.errors import UsageError
@@ -53,6 +53,8 @@ def warnings(found: Bench) -> Iterator[str]:
         if shape.stolen is not None and shape.stolen > OTHER_LOAD:
             yield f"{shape.name}: the hypervisor gave {shape.stolen:.0%} of the cores' time to others"
         yield from _slower_though_narrower(found, shape)
+    if any(s.share > 1 for e in found.entries for t in e.cells for s in roofline.shares(found, e, t)):
+        yield "a contender is above the physical limit that was measured: other work ran while the limit was taken"
     if not found.reference:
         yield "nothing ran that the others could be compared with"
     elif found.rounds < statistics.MIN_ROUNDS:

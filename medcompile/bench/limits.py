@@ -2,8 +2,9 @@
 
     python -P limits.py THREADS CPU,CPU,...
 
-A process of its own, so that its threads and memory disturb nobody. Each peak is the best of several tries by the best
-of the libraries that are installed; what none of them can do is left out. Prints one line of JSON (results.Limits).
+A process of its own, so that its threads and memory disturb nobody. Each peak is the best of many short tries, some of
+which no other process cuts into, by the best of the libraries that are installed; what none of them can do is left out.
+Prints one line of JSON (results.Limits).
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-_TRIES = 5
+_TRIES_S = 1.0
 _READ_BYTES = 256 << 20
-_WIDTH, _ROWS, _DEPTH = 2048, 512, 4
+_WIDTH, _ROWS, _DEPTH = 1024, 256, 4
 
 Peak = tuple[str, float, str]
 """precision, 10^9 operations a second (a multiply and an add are two), what measured it."""
@@ -71,7 +72,8 @@ def cache_mb() -> float:
 def _best_s(run: Callable[[], object]) -> float:
     run()
     best = float("inf")
-    for _ in range(_TRIES):
+    end = time.perf_counter() + _TRIES_S
+    while time.perf_counter() < end:
         start = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - start)

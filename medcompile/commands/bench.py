@@ -101,7 +101,8 @@ def bench(
             limits=limits,
         )
         with progress.status("") as status, _ended_politely():
-            made = harness.run(plan, status.update if progress.is_terminal else lambda line: None)
+            tell = status.update if progress.is_terminal else lambda line: progress.print(line, markup=False)
+            made = harness.run(plan, tell)
     place = out or Path("bench") / found.name
     place.mkdir(parents=True, exist_ok=True)
     results.write(made, place / "bench.json")
