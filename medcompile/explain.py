@@ -59,7 +59,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Explanation:
-    """searches: by target, with the layers that were asked about. rules: of variants that no search chose."""
+    """searches: by target, with the layers that were asked about. rules: by variant, graph and precision."""
 
     searches: tuple[Search, ...]
     rules: tuple[Ruled, ...]
@@ -67,14 +67,15 @@ class Explanation:
 
 
 def explain(found: Bundle, layer: str | None = None) -> Explanation:
-    """layer: a glob over layers' names; None is all, and the float32 yardstick of a search then goes without saying.
+    """layer: a glob over layers' names; None is all. Of a bundle that a search made, what rule holds is told only where
+    layers were asked for, and of its yardstick never.
 
     Raises BundleError on a record that can't be read, UsageError where no layer has such a name.
     """
     searches = record.read(found.root / record.FILE) if record.FILE in found.files else ()
     table = layer_table.read(found)
-    chosen = {search.variant for search in searches}
-    asked = [v for v in found.variants if v not in chosen and (not searches or layer is not None)]
+    yardsticks = {search.reference for search in searches}
+    asked = [v for v in found.variants if not searches or (layer is not None and v not in yardsticks)]
     rules = tuple(_ruled(found, table, asked))
     names = [n for s in searches for c in s.layers for n in c.nodes] + [n for r in rules for n in r.layers]
     notes = []
@@ -175,7 +176,8 @@ def _why(row: layer_table.Row, variant: Variant, graph: str, plain: frozenset[st
         return "put in by quantization: it works out or applies scales"
     if precision != variant.float_dtype.value:
         return f"keep: {keep}" if keep else "an operator that always stays in float32, or feeds one"
-    return f"the variant's float: {precision}"
+    computed = variant.compute.get("float", precision)
+    return f"the variant's float: {precision}" + (f", computed in {computed}" if computed != precision else "")
 
 
 def _why_product(name: str, quantized: bool, variant: Variant, keep: str | None) -> str:

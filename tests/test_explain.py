@@ -72,7 +72,8 @@ def searched(**changes: Any) -> Search:
 def with_search(tmp_path: Path, *searches: Search) -> Bundle:
     record.write(tmp_path / "search.json", searches)
     what = contents([artifact("fp32"), artifact("int8-found", Verdict.NON_INFERIOR, 1.0)])
-    table = {"fp32": {"embed": [{"name": BAD, "op": "MatMul", "precision": "float32"}]}}
+    row = {"name": BAD, "op": "MatMul", "precision": "float32"}
+    table = {variant: {"embed": [row]} for variant in ("fp32", "int8-found")}
     files = {record.FILE: (tmp_path / "search.json").read_text(), "layers.json": json.dumps(table)}
     return write(tmp_path / "b", what, files=files)
 
@@ -94,7 +95,7 @@ def test_choices_that_differ_in_figures_alone_are_one_row() -> None:
 def test_the_layer_that_was_kept_in_float_is_named_with_what_int8_would_do(tmp_path: Path) -> None:
     done = call("explain", with_search(tmp_path, searched()).root)
     assert done.exit_code == 0
-    for part in ("encoder.layer.0-1,3.output.dense", BAD, "too much", "-0.110 ms", "error 40.000%"):
+    for part in ("encoder.layer.0-1,3.output.dense", "layer.2.output.dense", "too much", "-0.110 ms", "error 40.000%"):
         assert part in done.stdout
     for part in (
         "3 of 4 (found)",
@@ -111,10 +112,11 @@ def test_the_layer_that_was_kept_in_float_is_named_with_what_int8_would_do(tmp_p
 def test_layer_shows_each_by_itself_and_nothing_else(tmp_path: Path) -> None:
     done = call("explain", with_search(tmp_path, searched()).root, "--layer", "encoder.layer.[01].*")
     assert "encoder.layer.0.output" in done.stdout and "encoder.layer.1.output" in done.stdout
-    assert BAD not in done.stdout and "what was tried" not in done.stdout
+    assert "layer.2" not in done.stdout and "what was tried" not in done.stdout
     found = explain(bundle.read(tmp_path / "b"), BAD)
     assert [c.nodes for c in found.searches[0].layers] == [(BAD,)]
-    assert [r.variant for r in found.rules] == ["fp32"]  # the yardstick's, now that the layer was asked about
+    assert [(r.variant, r.layers) for r in found.rules] == [("int8-found", (BAD,))]
+    assert explain(bundle.read(tmp_path / "b")).rules == ()
 
 
 def test_a_search_that_found_nothing_says_so(tmp_path: Path) -> None:
@@ -188,6 +190,11 @@ def test_sixteen_bits_leave_some_operators_in_float32(tmp_path: Path) -> None:
     assert why["a/MatMul"] == "the variant's float: float16"
     assert "always stays in float32" in why["b/Softmax"]
     assert why["c/MatMul"] == "keep: c"
+
+
+def test_what_a_backend_computes_in_is_told_beside_what_the_graph_says(tmp_path: Path) -> None:
+    why = ruled(tmp_path, Variant("int8", compute={"float": "bfloat16"}), [("b/Softmax", "Softmax", "float32")])
+    assert why["b/Softmax"] == "the variant's float: float32, computed in bfloat16"
 
 
 def test_a_variant_for_other_graphs_says_so(tmp_path: Path) -> None:

@@ -117,9 +117,8 @@ def _choices(search: Search, unfolded: bool) -> Iterator[Table]:
         options = [
             f"{o.format}: error {_share(o.error)}, cost {_more(o.cost, search.objective)}" for o in one.alternatives
         ]
-        layers = "\n".join(one.layers) + (
-            f"\n{one.groups} groups, {len(one.layers)} layers each" if one.groups > 1 else ""
-        )
+        layers = "\n".join(name.removesuffix("/MatMul") for name in one.layers)
+        layers += f"\n({one.groups} groups of layers)" if one.groups > 1 else ""
         why = one.why if one.alike else f"for example: {one.why}"
         graph = [one.graph] if several else []
         rows.append((*graph, layers, one.format, _share(one.error), why, "\n".join(options) or "none"))
