@@ -59,9 +59,11 @@ def optimize(job: Job, path: Path, out: Path) -> None:
     """ONNX Runtime's optimizer for transformers, from path to out; what it fused goes into a file beside it."""
     from onnxruntime.transformers import optimizer
 
-    kind = "bert" if job.family == "bert" else "clip"
-    # Sizes of 0: it finds them out. Shape constants of its own are not needed for correct answers.
-    made = optimizer.optimize_model(str(path), model_type=kind, num_heads=0, hidden_size=0)
+    kind, heads, hidden = "clip", 0, 0
+    if job.family == "bert":  # it does not find these out by itself, and then fuses no attention
+        config = json.loads((Path(job.source) / "config.json").read_text(encoding="utf-8"))
+        kind, heads, hidden = "bert", int(config["num_attention_heads"]), int(config["hidden_size"])
+    made = optimizer.optimize_model(str(path), model_type=kind, num_heads=heads, hidden_size=hidden)
     made.save_model_to_file(str(out))
     fused = {name: count for name, count in made.get_fused_operator_statistics().items() if count}
     (out.parent / _FUSIONS).write_text(json.dumps(fused), encoding="utf-8")
