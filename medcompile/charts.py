@@ -219,7 +219,7 @@ def _rows(caption: Caption, rows: Sequence[Bar], axis: Axis, kinds: Sequence[str
     intervals = any(r.low is not None or r.high is not None for r in rows)
     legend, top = _legend([k for k in order if k], order, limit if limited else "", filled=filled)
     seen = [v for r in rows for v in (r.value, r.low, r.high, r.limit) if v is not None and _drawable(v, axis)]
-    right = 170.0 if intervals else 70.0
+    right = min(30 + _LETTER * max((len(_estimate(r)) for r in rows), default=0), 260.0)
     scale = _Scale.of(seen if axis.log else [0.0, *seen], axis, _column([r.label for r in rows]), _WIDTH - right)
     bottom = top + 10 + 24 * len(rows)
     body = [*legend]

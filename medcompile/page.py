@@ -45,7 +45,7 @@ STYLE = (
     f"@media screen and (prefers-color-scheme:dark){{:root{{color-scheme:dark;{_variables(DARK)}}}}}\n"
     """*{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-header,main,footer,nav{max-width:62rem;margin:0 auto;padding:0 1.25rem}
+header,main,footer,nav{max-width:66rem;margin:0 auto;padding:0 1.25rem}
 h1,h2,h3{line-height:1.25;break-after:avoid}
 h2{margin-top:2.5rem;padding-top:.75rem;border-top:1px solid var(--grid)}
 a{color:var(--k0)}
@@ -59,6 +59,7 @@ th,td{text-align:left;vertical-align:top;padding:.25rem .75rem .25rem 0;border-b
 td{font-variant-numeric:tabular-nums}
 .dense{font-size:.8125rem}
 .dense th,.dense td{padding-right:.5rem}
+.verdict{white-space:nowrap}
 .headline{font-size:1.125rem}
 code,pre{font-family:ui-monospace,monospace;font-size:.875em;overflow-wrap:anywhere}
 pre{padding:.75rem;border:1px solid var(--grid);overflow-x:auto;white-space:pre-wrap}
@@ -68,8 +69,7 @@ summary{cursor:pointer}
 @media print{body{font-size:10pt}header,main,footer{max-width:none;padding:0}
 .skip,nav{display:none}.wide{overflow:visible}
 table{font-size:8pt}.dense{font-size:6.5pt}
-tr{break-inside:avoid}thead{display:table-header-group}a{color:inherit;text-decoration:none}
-details::details-content{content-visibility:visible;display:block}}
+tr{break-inside:avoid}thead{display:table-header-group}a{color:inherit;text-decoration:none}}
 """
 )
 """Colours follow the reader's light or dark; print is light."""

@@ -51,7 +51,7 @@ class DataRole:
 @dataclass(frozen=True)
 class Layers:
     """Operators of one kind in one precision. names: each product of matrices, and of the rest none; those that differ
-    in a number only are told as one, `encoder.layer.0-5.output.dense/MatMul`."""
+    in a number only are told as one, `encoder.layer.0-5.output.dense`."""
 
     op: str
     precision: str
@@ -152,7 +152,8 @@ def _layers(rows: list[layer_table.Row]) -> tuple[Layers, ...]:
     kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in rows:
         by_pattern = kinds.setdefault((row["op"], row["precision"]), {})
-        by_pattern.setdefault(layer_table.pattern(row["name"]), []).append(row["name"])
+        name = row["name"].removesuffix("/integer").removesuffix("/MatMul")
+        by_pattern.setdefault(layer_table.pattern(name), []).append(name)
     return tuple(
         Layers(op, precision, sum(map(len, found.values())), _folded(found) if op in _PRODUCTS else ())
         for (op, precision), found in sorted(kinds.items())

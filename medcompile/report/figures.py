@@ -30,6 +30,7 @@ class Figures:
     trade: tuple[str, ...]
     differences: tuple[str, ...]
     labels: tuple[str, ...]
+    unjudged_labels: tuple[str, ...]
     sensitivity: tuple[str, ...]
     clipping: tuple[str, ...]
 
@@ -38,7 +39,8 @@ def draw(facts: Facts) -> Figures:
     return Figures(
         trade=(*_searched(facts), *_trades(facts)),
         differences=tuple(_differences(facts)),
-        labels=tuple(_labels(facts)),
+        labels=tuple(_labels(facts, judged=True)),
+        unjudged_labels=tuple(_labels(facts, judged=False)),
         sensitivity=tuple(_sensitivity(facts)),
         clipping=tuple(_clipping(facts)),
     )
@@ -137,22 +139,24 @@ def _differences(facts: Facts) -> Iterator[str]:
         )
 
 
-def _labels(facts: Facts) -> Iterator[str]:
-    n = 0
-    for artifact in facts.artifacts:
-        rows = [_row(e.metric, e) for e in artifact.evidence if "[" in e.metric]
-        if rows and is_lower(facts.variants[artifact.variant]):
+def _labels(facts: Facts, *, judged: bool) -> Iterator[str]:
+    """A chart for each artifact below fp32 of which a label was measured by itself, and judged, or none was."""
+    for n, artifact in enumerate(facts.artifacts):
+        of_labels = [e for e in artifact.evidence if "[" in e.metric]
+        if not of_labels or not is_lower(facts.variants[artifact.variant]):
+            continue
+        if any(e.margin is not None for e in of_labels) is judged:
             yield charts.forest(
                 Caption(
                     f"label-{n}",
-                    f"{_who(artifact)}, {artifact.graph}: each label by itself",
-                    "As above. What has no margin is reported, and not judged.",
+                    f"{_who(artifact)}, {artifact.graph}: labels and subgroups by themselves",
+                    "The mark is the estimate, the line runs from its bound to the upper end of its interval. What has "
+                    "no margin is reported, and not judged.",
                 ),
-                rows,
+                [_row(e.metric, e) for e in of_labels],
                 Axis("difference from the original; a loss is negative"),
-                [v for v in _VERDICTS if any(v == r.kind for r in rows)],
+                [v for v in _VERDICTS if any(v == _verdict(e) for e in of_labels)],
             )
-            n += 1
 
 
 def _row(label: str, e: Evidence) -> Bar:

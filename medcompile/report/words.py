@@ -13,7 +13,7 @@ from medcompile.page import number
 from medcompile.report.facts import Facts
 from medcompile.spec import GRAPH_VERIFIED, NOT_VERIFIED, Artifact, Evidence, Precision, Variant, Verdict
 
-_IN_UNITS = {"perplexity": " (as a share of the original's)", "kl": " nats per token"}
+_IN_UNITS = {"perplexity": ", as a share of the original's", "kl": " nats per token"}
 
 
 @dataclass(frozen=True)
@@ -107,50 +107,38 @@ def _worst(verdicts: Sequence[Verdict | None]) -> Verdict | None:
 
 
 def _sentence(who: str, verdict: Verdict | None, artifacts: Sequence[Artifact], *, several: bool) -> str:
-    judged = [(a, e) for a in artifacts for e in a.evidence if e.verdict is not None]
-    if verdict is Verdict.NON_INFERIOR:
-        return f"{who} is shown to be non-inferior: {'; '.join(_bounded(e, a, several) for a, e in judged)}."
-    if verdict is Verdict.INFERIOR:
-        shown = [(a, e) for a, e in judged if e.verdict is Verdict.INFERIOR]
-        return f"{who} is inferior: {'; '.join(_lost(e, a, several) for a, e in shown)}."
-    if verdict is Verdict.INCONCLUSIVE:
-        left = [(a, e) for a, e in judged if e.verdict is Verdict.INCONCLUSIVE]
-        return f"{who} is not shown to be non-inferior: {'; '.join(_undecided(e, a, several) for a, e in left)}."
-    missing = [a.graph for a in artifacts if a.verdict is None]
-    return f"{who} was not judged{f' ({_listed(missing)})' if several else ''}."
+    judged = [(a.graph, e) for a in artifacts for e in a.evidence if e.verdict is not None]
+    if verdict is None:
+        missing = [a.graph for a in artifacts if a.verdict is None]
+        return f"{who} was not judged{f' ({_listed(missing)})' if several else ''}."
+    said, verb = {
+        Verdict.NON_INFERIOR: ("is shown to be non-inferior", "loses at most"),
+        Verdict.INFERIOR: ("is inferior", "loses"),
+        Verdict.INCONCLUSIVE: ("is not shown to be non-inferior", "may lose"),
+    }[verdict]
+    told: dict[str, list[str]] = {}
+    for graph, e in judged:
+        if e.verdict is verdict:
+            lost = max(-e.difference if verdict is Verdict.INFERIOR else -e.lower, 0.0)
+            margin = f"margin {number(e.margin)}{_IN_UNITS.get(e.metric, '')}{_power(e)}"
+            named = f"{graph} {e.metric}" if several else e.metric
+            told.setdefault(_basis(e), []).append(f"{number(lost, 3)} of {named} ({margin})")
+    return f"{who} {said}. " + " ".join(f"{basis} it {verb} {_listed(parts)}." for basis, parts in told.items())
 
 
-def _named(evidence: Evidence, artifact: Artifact, several: bool) -> str:
-    return f"{artifact.graph} {evidence.metric}" if several else evidence.metric
+def _basis(e: Evidence) -> str:
+    units = f"{number(e.units)} {e.unit}s"
+    data = units if e.samples == e.units else f"{number(e.samples)} samples in {units}"
+    return f"At {e.confidence * 100:.4g} % confidence, on {data},"
 
 
-def _loss(evidence: Evidence) -> str:
-    return f"{number(evidence.margin)}{_IN_UNITS.get(evidence.metric, '')}"
-
-
-def _on(evidence: Evidence) -> str:
-    return f"at {evidence.confidence * 100:.4g} % confidence, on {number(evidence.samples)} items"
-
-
-def _bounded(evidence: Evidence, artifact: Artifact, several: bool) -> str:
-    most = f"it is {number(max(-evidence.lower, 0.0), 3)} at most" if evidence.lower < 0 else "there is none"
-    named = _named(evidence, artifact, several)
-    return f"a loss of {named} of more than {_loss(evidence)} is ruled out ({most}, {_on(evidence)})"
-
-
-def _lost(evidence: Evidence, artifact: Artifact, several: bool) -> str:
-    named = _named(evidence, artifact, several)
-    return f"{named} loses {number(-evidence.difference, 3)}, more than {_loss(evidence)} ({_on(evidence)})"
-
-
-def _undecided(evidence: Evidence, artifact: Artifact, several: bool) -> str:
-    said = f"a loss of {_named(evidence, artifact, several)} of {number(-evidence.lower, 3)} can't be ruled out, "
-    said += f"and {_loss(evidence)} is the most that may be lost ({_on(evidence)}"
-    if evidence.power is not None:
-        said += f"; had there been no loss, this data would have shown it with a chance of {number(evidence.power, 2)}"
-    if evidence.samples_needed is not None and evidence.power is not None and evidence.power < 0.8:
-        said += f", and {number(evidence.samples_needed)} items with one of 0.8"
-    return said + ")"
+def _power(e: Evidence) -> str:
+    """Of an open question: how likely this data would have answered it, and how much would."""
+    if e.verdict is not Verdict.INCONCLUSIVE or e.power is None:
+        return ""
+    said = f"; had there been no loss, this would have shown it with a chance of {number(e.power, 2)}"
+    enough = e.samples_needed if e.power < 0.8 else None
+    return said if enough is None else f"{said}, and {number(enough)} samples with one of 0.8"
 
 
 def _stood_in(artifacts: Sequence[Artifact]) -> str:
