@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medcompile import __version__, metrics
-from medcompile.diff import Diff
+from medcompile.diff import Diff, budget
 from medcompile.errors import UsageError
 from medcompile.paired import Pair, Paired
 from medcompile.spec import Evidence, Margin, Verdict
@@ -136,14 +136,15 @@ class Record:
 
 def from_budget(a: Bundle, b: Bundle) -> Criteria:
     """The budget of b's recipe, and whether a's was the same."""
-    if a.budget == b.budget:
+    margins = budget(b)
+    if {m.metric: m for m in margins} == {m.metric: m for m in budget(a)}:
         told = "They are the budget of both recipes: it was not changed along with the bundle."
-        return Criteria(b.budget, "the budget of b's recipe", True, told)
+        return Criteria(margins, "the budget of b's recipe", True, told)
     told = (
         "They were NOT fixed before this modification: the budget of b's recipe is not that of a's. To judge b"
         " by criteria that were there before, build it with a's budget, or name a protocol."
     )
-    return Criteria(b.budget, "the budget of b's recipe", False, told)
+    return Criteria(margins, "the budget of b's recipe", False, told)
 
 
 def from_file(path: Path, b: Bundle) -> Criteria:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medcompile import layer_table, manifest
 from medcompile.bundle import Bundle
 from medcompile.errors import BundleError
-from medcompile.spec import Artifact, Evidence, GraphSpec, Variant, Verdict
+from medcompile.spec import Artifact, Evidence, GraphSpec, Margin, Variant, Verdict
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -148,7 +148,7 @@ def diff(a: Bundle, b: Bundle) -> Diff:
         weights=weights,
         recipe=_recipe_changes(a, b, notes),
         data=changes(_data(a), _data(b)),
-        versions=changes(_versions(a), _versions(b)),
+        versions=changes(_versions(a, b), _versions(b, a)),
         budget=changes(_budget(a), _budget(b)),
         variants=changes(_variants(a, b), _variants(b, a)),
         precision=tuple(_precision(a, b)),
@@ -178,6 +178,13 @@ def same_items(a: Bundle, b: Bundle) -> bool:
     """True if both were judged on the same evaluation data."""
     ours, theirs = ((found.provenance.get("evaluation") or {}).get("digest") for found in (a, b))
     return ours is not None and ours == theirs
+
+
+def budget(found: Bundle) -> tuple[Margin, ...]:
+    """The budget as the recipe has it, where the bundle holds that: a search tests at a higher confidence, which allows
+    for its looks, and leaves that one in the manifest. Raises BundleError."""
+    asked = (_recipe(found) or {}).get("budget")
+    return tuple(Margin(name, **keys) for name, keys in asked.items()) if asked else found.budget
 
 
 def files_under(found: Bundle, folder: str) -> dict[str, str]:
@@ -228,14 +235,15 @@ def _data(found: Bundle) -> dict[str, Any]:
     return {k: v for k, v in found.provenance.items() if isinstance(v, Mapping) and "digest" in v}
 
 
-def _versions(found: Bundle) -> dict[str, Any]:
-    """Of the libraries that compiled it, and of those that its artifacts were built with."""
-    machines = {a.target.name: manifest.encode(a.target) for a in found.artifacts}
+def _versions(found: Bundle, other: Bundle) -> dict[str, Any]:
+    """Of the libraries that compiled it, and of those that its artifacts for targets of both were built with."""
+    shared = {x.target.name for x in other.artifacts}
+    machines = {x.target.name: manifest.encode(x.target) for x in found.artifacts if x.target.name in shared}
     return {"built with": found.provenance.get("versions") or {}, "targets": machines}
 
 
 def _budget(found: Bundle) -> dict[str, Any]:
-    return {m.metric: {k: v for k, v in manifest.encode(m).items() if k != "metric" and v != {}} for m in found.budget}
+    return {m.metric: {k: v for k, v in manifest.encode(m).items() if k != "metric" and v != {}} for m in budget(found)}
 
 
 def _variants(found: Bundle, other: Bundle) -> dict[str, Any]:
@@ -254,19 +262,29 @@ def told(variant: Variant) -> dict[str, Any]:
 
 
 def _recipe_changes(a: Bundle, b: Bundle, notes: list[str]) -> tuple[Change, ...]:
+    """Variants last, for they are many keys and have a section of their own."""
+    recipes = [_recipe(found) for found in (a, b)]
+    notes += [
+        f"{side} holds no {RECIPE}, so recipes are not compared"
+        for side, r in zip("ab", recipes, strict=True)
+        if r is None
+    ]
+    ours, theirs = recipes
+    if ours is None or theirs is None:
+        return ()
+    return tuple(sorted(changes(ours, theirs), key=lambda change: change.key.startswith("variants.")))
+
+
+def _recipe(found: Bundle) -> Mapping[str, Any] | None:
     import yaml
 
-    read = []
-    for side, found in (("a", a), ("b", b)):
-        if RECIPE not in found.files:
-            notes.append(f"{side} holds no {RECIPE}: the recipes are not compared")
-            return ()
-        try:
-            document = yaml.safe_load((found.root / RECIPE).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BundleError(f"{found.root}: {RECIPE} is not YAML: {error}", fix="rebuild the bundle") from error
-        read.append(document if isinstance(document, Mapping) else {"": document})
-    return changes(*read)
+    if RECIPE not in found.files:
+        return None
+    try:
+        document = yaml.safe_load((found.root / RECIPE).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BundleError(f"{found.root}: {RECIPE} is not YAML: {error}", fix="rebuild the bundle") from error
+    return document if isinstance(document, Mapping) else {"": document}
 
 
 def _precision(a: Bundle, b: Bundle) -> Iterator[PrecisionChange]:
@@ -370,7 +388,8 @@ def _tensor(place: WeightChange, a: ir.TensorProtocol | None, b: ir.TensorProtoc
 
 def counted(found: tuple[Change, ...]) -> Counter[tuple[str, str]]:
     """How many files were added, removed or changed, by the folder that means something to a reader."""
-    return Counter((_area(c.key), "added" if c.a is None else "removed" if c.b is None else "changed") for c in found)
+    kinds = ((_area(c.key), "added" if c.a is None else "removed" if c.b is None else "changed") for c in found)
+    return Counter(sorted(kinds))
 
 
 def _area(path: str) -> str:

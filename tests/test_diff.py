@@ -14,7 +14,7 @@ import yaml
 
 from medcompile import bundle
 from medcompile.bundle import Bundle, Contents
-from medcompile.diff import Change, changes, counted, diff
+from medcompile.diff import Change, budget, changes, counted, diff
 from medcompile.spec import Margin, Verdict
 from tests.bundles import CPU, artifact, contents, write
 from tests.command_line import call
@@ -83,7 +83,14 @@ def test_what_only_one_bundle_has_is_noted(tmp_path: Path) -> None:
     for part in ("graph fill-mask is only in b", "variant fp32 is only in a", "target other-cpu is only in b"):
         assert part in told
     assert "different evaluation data" in told and not found.same_items
-    assert "a holds no recipe.resolved.yaml" in told
+    assert "a holds no recipe.resolved.yaml" in told and "b holds no recipe.resolved.yaml" in told
+
+
+def test_the_budget_is_the_recipes_and_not_what_a_search_tested_at(tmp_path: Path) -> None:
+    recipe = yaml.safe_dump({"budget": {"f1": {"max_drop": 0.01, "confidence": 0.95}}})
+    searched = dataclasses.replace(known(), budget=(Margin("f1", 0.01, 0.983),))
+    a, b = pair(tmp_path, known(), searched, recipe_resolved_yaml=(recipe, recipe))
+    assert budget(b) == (Margin("f1", 0.01, 0.95),) and diff(a, b).budget == ()
 
 
 def test_precision_by_layer_is_grouped_by_what_became_of_it(tmp_path: Path) -> None:
