@@ -103,8 +103,10 @@ def run(plan: Plan, tell: Tell) -> Bench:
         )
     runnable = [c for c in found if c.entry.missing is None and not c.error]
     throttled = machine.throttled()
-    tell("measuring what this machine can do at most")
-    limits = roofline.measure(plan.job.threads, plan.job.cpus) if plan.limits else Limits()
+    limits = Limits()
+    if plan.limits:
+        tell("measuring what this machine can do at most")
+        limits = roofline.measure(plan.job.threads, plan.job.cpus)
     with ExitStack() as opened:
         for contender in runnable:
             _start(plan, contender, opened, tell)
