@@ -12,12 +12,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medcompile import charts, page
+from medcompile import charts, flips, page
 from medcompile.bundle import EVIDENCE, Contents
 from medcompile.report import figures, words
-from medcompile.report.facts import CALIBRATION, FLIPS, Facts, evidence_text, gather
+from medcompile.report.facts import CALIBRATION, Facts, evidence_text, gather
 
-__all__ = ["CALIBRATION", "FLIPS", "REPORT", "render", "texts"]
+__all__ = ["CALIBRATION", "REPORT", "render", "texts"]
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -51,6 +51,7 @@ def render(facts: Facts, told: words.Told) -> str:
             several=several,
             who={a.path: f"{a.variant} on {a.target.name}{f', {a.graph}' if several else ''}" for a in facts.artifacts},
             ids_shown=_IDS_SHOWN,
+            most_flips=flips.MOST,
         )
     )
     return page.document(f"{facts.name}: evidence", body, page.STYLE + charts.STYLE)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from medcompile import layer_table, manifest
+from medcompile import flips, layer_table, manifest
 from medcompile.bundle import Contents
 from medcompile.errors import BundleError
 from medcompile.passes.clipping import Clipping
@@ -20,7 +20,6 @@ from medcompile.search import record
 from medcompile.spec import Artifact, Margin, Variant
 
 CALIBRATION = "calibration.json"
-FLIPS = "flips.json"
 
 ROLES = {
     "calibration": ("calibration", "ranges and scales were taken from it"),
@@ -61,7 +60,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Facts:
-    """precision, clipping: by variant and graph. flips: by artifact, as FLIPS has it: item ids, each with its kind.
+    """precision, clipping: by variant and graph. flips: by an artifact's path, as flips.json has them.
 
     folder_bytes: of all that an artifact needs, by its path. weights: digests of the original's files. shared_items:
     how many items stand in more than one data set; None where the build did not count them.
@@ -108,7 +107,7 @@ def gather(contents: Contents, root: Path) -> Facts:
         searches=record.read(root / record.FILE) if (root / record.FILE).is_file() else (),
         precision=_precision(root / layer_table.FILE),
         clipping=_decoded(Mapping[str, Mapping[str, tuple[Clipping, ...]]], root / CALIBRATION),
-        flips=_decoded(Mapping[str, tuple[tuple[str, str], ...]], root / FLIPS),
+        flips=_decoded(Mapping[str, tuple[tuple[str, str], ...]], root / flips.FILE),
         provenance={k: v for k, v in provenance.items() if k not in ROLES},
     )
 

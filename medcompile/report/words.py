@@ -58,9 +58,16 @@ def commands(facts: Facts) -> tuple[tuple[str, str], ...]:
     versions: Mapping[str, str] = facts.provenance.get("versions", {})
     libraries = " ".join(shlex.quote(f"{name}=={version}") for name, version in sorted(versions.items()))
     found = [("Install the same versions", f"pip install {libraries}")] if libraries else []
+    where = "where calibration/ holds the manifests of its data; its paths are relative to where it lies"
+    recipes = [
+        (f"Build it again from its recipe, {where}", f"medcompile build {place}/recipe.resolved.yaml -o rebuilt")
+    ]
+    if facts.searches:
+        again = f"medcompile build {place}/recipe.found.yaml -o rebuilt"
+        recipes.append(("Build what the search found, without searching again", again))
     return (
         *found,
-        ("Build it again, from the recipe in the bundle", f"medcompile build {place}/recipe.resolved.yaml -o rebuilt"),
+        *recipes,
         (
             "Check every digest, and make the evidence again on this machine (the data is not in the bundle)",
             f"medcompile verify {place} --data MANIFEST.yaml",

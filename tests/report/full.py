@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medcompile import manifest, report
+from medcompile import flips, manifest, report
 from medcompile.bundle import Bundle, Contents, Writer
 from medcompile.passes.clipping import Clipping
 from medcompile.search import record
@@ -144,8 +144,8 @@ def write(place: Path, what: Contents | None = None, *, bare: bool = False) -> B
             ]
             ranges.append(Clipping("t9", NAMES[:1], (-2.0, 3.5), (-1.0, 1.0), 0.0, rescaled=True))
             _json(writer.path(report.CALIBRATION), manifest.encode({"int8": {TASK: ranges}}))
-            flips = [[f"{n:064x}", "harmful" if n % 2 else "other"] for n in range(450)]
-            _json(writer.path(report.FLIPS), {what.artifacts[1].path: flips, what.artifacts[0].path: []})
+            flipped = [[f"{n:064x}", "harmful" if n % 2 else "other"] for n in range(450)]
+            _json(writer.path(flips.FILE), {what.artifacts[1].path: flipped, what.artifacts[0].path: []})
         return writer.commit(what, report.texts)
 
 
