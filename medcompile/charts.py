@@ -199,13 +199,16 @@ def heat(
     body += [_text(str(k + 1), left + (k + 0.5) * wide, y + 10, "middle faint") for k in numbered]
     y += 34
     body.append(_text(f"{axis.label}:", 12, y + 11))
+    at = 30 + _LETTER * len(axis.label)
     for step in range(steps):
         low, high = (scale.back(step), scale.back(step + 1)) if steps > 1 else (known[0], known[0])
-        at = 30 + _LETTER * len(axis.label) + step * 110
+        told = f"{number(low, 2)} to {number(high, 2)}" if steps > 1 else number(low)
+        if at + 30 + _LETTER * len(told) > _WIDTH:
+            at, y = 30.0, y + 20
         box = f'x="{_px(at)}" y="{_px(y)}" width="18" height="14"'
         body.append(f'<rect class="cell" fill-opacity="{_shade((low + high) / 2, scale)}" {box}/>')
-        told = f"{number(low, 2)} to {number(high, 2)}" if steps > 1 else number(low)
         body.append(_text(told, at + 23, y + 11, "faint"))
+        at += 36 + _LETTER * len(told)
     table = [(f"{k + 1}. {c}", *(number(row[k]) for row in values)) for k, c in enumerate(columns)]
     return _figure(caption, y + 24, body, ("Column", *rows), table)
 
@@ -457,7 +460,7 @@ def _order(kinds: Sequence[str], seen: Iterable[str]) -> list[str]:
 
 def _column(labels: Sequence[str]) -> float:
     """Where a plot may begin beside a column of labels."""
-    return min(max((_LETTER * len(text) for text in labels), default=0.0), 300.0) + 20
+    return min(max((_LETTER * len(text) for text in labels), default=0.0), 330.0) + 20
 
 
 def _short(label: str, wide: float) -> str:

@@ -7,7 +7,6 @@ numbers, names and digests, and never an item of the data.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,15 +70,8 @@ def _environment() -> Environment:
             return Markup("-")
         return Markup(f'<data value="{page.escape(value)}">{page.escape(page.number(value, digits))}</data>')
 
-    def setting(variant: Any) -> str:
-        """What a variant's fields say beyond their defaults."""
-        default = type(variant)(variant.name)
-        return ", ".join(
-            f"{name}={value}" for name, value in asdict(variant).items() if value != getattr(default, name)
-        )
-
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": page.number, "exact": exact, "html": Markup, "setting": setting}
+    environment.filters |= {"number": page.number, "exact": exact, "html": Markup, "settings": words.settings}
     return environment

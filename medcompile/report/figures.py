@@ -168,7 +168,10 @@ def _sensitivity(facts: Facts) -> Iterator[str]:
     for n, search in enumerate(s for s in facts.searches if s.layers):
         errors = [{form: error for form, error in _errors(layer) if form != FLOAT} for layer in search.layers]
         names = [_short(layer.nodes) for layer in search.layers]
-        text = "How far the outputs move on calibration data when this group of layers alone has that format."
+        text = (
+            "How far the outputs move on calibration data when this group of layers alone has that format; +2 means "
+            "two more that read the same tensor."
+        )
         worst = sorted(
             (
                 Bar(f"{name}, {form}", error, kind=_TAKEN[form != layer.format])
@@ -244,6 +247,6 @@ def _covered(one: Clipping) -> float | None:
 
 
 def _short(nodes: Sequence[str]) -> str:
-    """A group of layers by its first: `encoder.layer.3.attention.self.query and 2 beside it`."""
+    """A group of layers by its first, and how many more read the same tensor: `encoder.layer.3.attention.query +2`."""
     name = nodes[0].removesuffix("/MatMul") if nodes else ""
-    return f"{name} and {len(nodes) - 1} beside it" if len(nodes) > 1 else name
+    return f"{name} +{len(nodes) - 1}" if len(nodes) > 1 else name

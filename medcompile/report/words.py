@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from medcompile.page import number
 from medcompile.report.facts import Facts
@@ -74,6 +74,19 @@ def commands(facts: Facts) -> tuple[tuple[str, str], ...]:
         ),
         ("Write this page again", f"medcompile report {place}"),
     )
+
+
+def settings(variant: Variant) -> str:
+    """What its recipe says of a variant, beyond defaults."""
+    plain = Variant(variant.name)
+    apart = ("compute", "layers")
+    said = {f.name: getattr(variant, f.name) for f in fields(Variant) if f.name not in apart}
+    told = [f"{n} {' '.join(v) if isinstance(v, tuple) else v}" for n, v in said.items() if v != getattr(plain, n)]
+    if variant.layers:
+        told.append(f"{len(variant.layers)} rules that give layers other formats")
+    if variant.compute:
+        told.append("computed by the backend with " + " ".join(f"{n}={v}" for n, v in sorted(variant.compute.items())))
+    return ", ".join(told) or "float32 throughout"
 
 
 # ---- the verdict

@@ -14,7 +14,8 @@ import pytest
 from medcompile import bundle, report
 from medcompile.bundle import Bundle, Contents
 from medcompile.errors import BundleError
-from medcompile.spec import Margin, Verdict
+from medcompile.report import words
+from medcompile.spec import LayerRule, Margin, Precision, Variant, Verdict
 from tests import bundles
 from tests.command_line import call
 from tests.report import full
@@ -121,9 +122,9 @@ def test_the_search_is_told_with_its_points_looks_and_reasons(found: Bundle) -> 
 
 def test_flips_are_listed_by_id_and_the_rest_counted(found: Bundle) -> None:
     page, evidence = read(found)
-    words = page.root.words
-    assert "int8 on fake-cpu: 450" in words and "Harmful: 225" in words
-    assert f"{3:064x}" in words and "25 more, which flips.json lists" in words
+    said = page.root.words
+    assert "int8 on fake-cpu: 450" in said and "Harmful: 225" in said
+    assert f"{3:064x}" in said and "25 more, which flips.json lists" in said
     assert len(evidence["flips"][found.artifacts[1].path]) == 450
 
 
@@ -140,12 +141,21 @@ def test_ranges_labels_layers_and_data_roles_are_there(found: Bundle) -> None:
     assert all(digit * 32 in told for digit in ("11", "22", "33")) and "deidentified" in told
 
 
+def test_a_variants_settings_are_told_in_words_and_what_its_backend_computes_in() -> None:
+    one = Variant("a", weights=Precision.INT8, keep=("x", "y"), compute={"float": "bfloat16"}, layers=(LayerRule("z"),))
+    wanted = (
+        "weights int8, keep x y, 1 rules that give layers other formats, computed by the backend with float=bfloat16"
+    )
+    assert words.settings(one) == wanted
+    assert words.settings(Variant("fp32")) == "float32 throughout"
+
+
 def test_shared_items_are_told_as_such(tmp_path: Path) -> None:
     what = full.contents()
-    for shared, words in ((3, "3 items stand in more than one"), (None, "did not record whether")):
+    for shared, said in ((3, "3 items stand in more than one"), (None, "did not record whether")):
         provenance = {**what.provenance, "shared_items": shared}
         page, _ = read(full.write(tmp_path / f"{shared}", dataclasses.replace(what, provenance=provenance)))
-        assert words in page.root.words and "disjoint" not in page.root.words
+        assert said in page.root.words and "disjoint" not in page.root.words
 
 
 def test_it_claims_no_compliance_and_says_what_is_open(found: Bundle) -> None:
