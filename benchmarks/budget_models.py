@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -157,13 +157,23 @@ def tuning(model: Model, places: Places) -> str:
     return f"tuning={{data: {places.manifest(name)}{f', samples: {samples}' if samples else ''}}}"
 
 
-def built(model: Model, places: Places, variants: dict[str, str]) -> bundle.Bundle:
-    """The bundle with those variants, which holds the reference's answers on the acceptance data; built only once."""
-    place = places.of(model) / "bundle"
+def yardstick(model: Model, places: Places) -> bundle.Bundle:
+    """Our fp32, with the reference's answers on the acceptance data; built only once."""
+    return _built(model, places, "bundle", {"fp32": "{}"}, [])
+
+
+def plain(model: Model, places: Places, variants: dict[str, str]) -> bundle.Bundle:
+    """Our variants of that name -> a recipe's keys, for others to judge: the build itself asks a few items alone."""
+    asked = f"evaluation={{data: {places.manifest(model.tuning[0])}, samples: 32}}"
+    return _built(model, places, "plain", variants, [asked])
+
+
+def _built(model: Model, places: Places, folder: str, variants: dict[str, str], changes: list[str]) -> bundle.Bundle:
+    place = places.of(model) / folder
     if (place / bundle.MANIFEST).is_file():
         return bundle.read(place)
     written = "{" + ", ".join(f"{name}: {how}" for name, how in variants.items()) + "}"
-    changed = [*settings(model, places, model.margins[-1]), f"variants={written}"]
+    changed = [*settings(model, places, model.margins[-1]), *changes, f"variants={written}"]
     try:
         return medcompile.build(ROOT / model.recipe, out=place, overrides=changed, cache_folder=places.work / "cache")
     except OverBudgetError:
@@ -213,12 +223,12 @@ def _write_manifests(folder: Path, source: Path) -> None:
         keys = yaml.safe_load((ROOT / f"calibration/{name}.yaml").read_text(encoding="utf-8"))
         keys |= {"name": f"{name}-tuning", "role": "tuning"}
         keys["fields"] = {"image": "train_images", "label": "train_labels"}
-        _write(folder / f"{name}-tuning.yaml", keys)
+        _write(folder / f"{name}-tuning.yaml", yaml.safe_dump(keys, sort_keys=False))
     rows = [json.loads(line) for line in (source / "text/medquad_sample.jsonl").open(encoding="utf-8")]
     for role, parts in MEDQUAD_SHARES.items():
         texts = [json.dumps({k: r[k] for k in ("id", "focus", "answer")}) for r in rows if _part(r["focus"]) in parts]
         file = folder / f"medquad-{role}.jsonl"
-        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+        _write(file, "\n".join(texts) + "\n")
         keys = {
             "name": f"medquad-{role}",
             "source": "https://github.com/abachaa/MedQuAD",
@@ -230,12 +240,14 @@ def _write_manifests(folder: Path, source: Path) -> None:
             "path": file.name,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
-        _write(folder / f"medquad-{role}.yaml", keys)
+        _write(folder / f"medquad-{role}.yaml", yaml.safe_dump(keys, sort_keys=False))
 
 
 def _part(disease: str) -> int:
     return int(hashlib.sha256(disease.encode()).hexdigest(), 16) % 20
 
 
-def _write(path: Path, keys: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(keys, sort_keys=False, allow_unicode=True), encoding="utf-8")
+def _write(path: Path, text: str) -> None:
+    """Once: several may be at work in the folder."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")

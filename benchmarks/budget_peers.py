@@ -5,7 +5,7 @@
     python benchmarks/budget_peers.py time FOLDER --only minilm-ner [--cpus 0 1] [--rounds 15] [--also NAME=BUNDLE ...]
     python benchmarks/budget_peers.py table FOLDER [--json peers.json] [--out benchmarks/results/budget_peers.md]
 
-make: our fp32 bundle, the yardstick, with plain round-to-nearest variants of ours beside it; then each alternative
+make: our fp32 bundle, the yardstick, and plain round-to-nearest variants of ours; then each alternative
 (budget_alternatives.py) in a process of its own, with what it took: calibration and its own validation, without the
 export that all start from. judge: every one through our exam on the acceptance data, by our test, at each margin.
 time: one process per contender, pinned to the same cores, taking turns in random order at the shape that a build
@@ -31,9 +31,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from budget_alternatives import Alternative, Timed, alternatives, load, make, ones, size_bytes
+from budget_alternatives import Alternative, Timed, alternatives, files, fingerprint, load, make, ones
 from budget_exports import export
-from budget_models import MODELS, Model, Places, Questions, built
+from budget_models import MODELS, Model, Places, Questions, plain, yardstick
 
 from medcompile import backends, bundle, exams, verify
 from medcompile.backends import Executor
@@ -43,7 +43,6 @@ from medcompile.spec import Artifact, Evidence, GraphSpec, Margin, Verdict
 
 Prepared = tuple[Callable[[], object], Callable[[], object]]
 RTN = {
-    "fp32": "{}",
     "rtn-int8": "{weights: int8, activations: int8, symmetric: false, method: rtn}",
     "rtn-int8-bf16": "{weights: int8, activations: int8, symmetric: false, method: rtn, compute: {float: bfloat16}}",
     "rtn-int8-symmetric": "{weights: int8, activations: int8, method: rtn}",
@@ -53,7 +52,6 @@ RTN = {
 }
 _BF16 = "compute: {float: bfloat16, dynamic_group: 32, kv: bfloat16}"
 RTN_DECODER = {
-    "fp32": "{}",
     "rtn-int8": "{weights: int8}",
     "rtn-int8-bf16": f"{{weights: int8, {_BF16}}}",
     "rtn-int4-g32": "{weights: int4, block_size: 32}",
@@ -70,11 +68,15 @@ WORST = (Verdict.INFERIOR, Verdict.INCONCLUSIVE, Verdict.NON_INFERIOR)
 
 @dataclass(frozen=True)
 class Contender:
-    """source: a published alternative and its folder, or a bundle with the artifacts of one variant on one target."""
+    """source: a published alternative and its folder, or a bundle with the artifacts of one variant on one target.
+
+    same: the contender that computes just the same, as where accuracy control had nothing to restore; it stands for it.
+    """
 
     name: str
     source: tuple[Alternative, Path] | tuple[Bundle, tuple[Artifact, ...]]
     made: Mapping[str, Any]
+    same: str = ""
 
     def executors(self, specs: Mapping[str, GraphSpec], threads: int | None) -> dict[str, Executor]:
         first, second = self.source
@@ -96,7 +98,7 @@ class Contender:
         first, second = self.source
         if isinstance(first, Alternative):
             assert isinstance(second, Path)
-            return size_bytes(first, second, graph)
+            return sum(path.stat().st_size for path in files(first, second, graph))
         assert not isinstance(second, Path)
         return next(a.size_bytes for a in second if a.graph == graph)
 
@@ -104,12 +106,17 @@ class Contender:
 def contenders(model: Model, places: Places, also: list[str]) -> dict[str, Contender]:
     """Everything that was made and can be run, by name: ours, published ones, what a search found."""
     place, found = places.of(model), []
-    found += _of_bundle("medcompile", bundle.read(place / "bundle", check=False), plain=True)
+    for ours in ("bundle", "plain"):
+        found += _of_bundle("medcompile", bundle.read(place / ours, check=False), plain=True)
+    graphs, seen = list(bundle.read(place / "bundle", check=False).graphs), dict[str, str]()
     for alternative in alternatives(model):
-        told = _told(place / "made" / alternative.made)
+        folder = place / "made" / alternative.made
+        told = _told(folder)
         if told is not None and not told.get("error"):
-            source = (alternative, place / "made" / alternative.made)
-            found.append(Contender(alternative.name, source, {**told, "margin": alternative.margin}))
+            first = seen.setdefault(fingerprint(alternative, folder, graphs), alternative.name)
+            same = first if first != alternative.name else ""
+            made = {**told, "margin": alternative.margin}
+            found.append(Contender(alternative.name, (alternative, folder), made, same))
     for words in also:
         name, _, path = words.partition("=")
         searched = _of_bundle(name, bundle.read(path, check=False))
@@ -140,7 +147,8 @@ def _told(made: Path) -> dict[str, Any] | None:
 def make_all(model: Model, places: Places, again: list[str], cpus: list[int]) -> None:
     assert places.models is not None
     place = places.of(model)
-    found = built(model, places, RTN_DECODER if model.metric == "perplexity" else RTN)
+    found = yardstick(model, places)
+    plain(model, places, RTN_DECODER if model.metric == "perplexity" else RTN)
     exported = place / "made" / "exported"
     if not (exported / "made.json").is_file():
         exported.mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,7 @@ def judge_all(model: Model, places: Places, again: list[str], cpus: list[int], a
     folder.mkdir(exist_ok=True)
     for name, contender in contenders(model, places, also).items():
         path = folder / f"{_file_name(name)}.json"
-        if path.is_file() and name not in again:
+        if contender.same or (path.is_file() and name not in again):
             continue
         start = time.perf_counter()
         executors = contender.executors(found.graphs, len(cpus))
@@ -252,7 +260,7 @@ def worker(model: Model, places: Places, name: str, also: list[str], cpus: list[
 
 def time_all(model: Model, places: Places, rounds: int, also: list[str], cpus: list[int]) -> None:
     """Writes timed.json: by contender and graph, the median ms of each round, which belong together across them."""
-    names = list(contenders(model, places, also))
+    names = [name for name, contender in contenders(model, places, also).items() if not contender.same]
     graphs = list(bundle.read(places.of(model) / "bundle", check=False).graphs)
     pipe = subprocess.PIPE
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cpus))}
@@ -302,24 +310,24 @@ def rows(model: Model, places: Places, also: list[str]) -> list[dict[str, Any]]:
         told = _told(place / "made" / alternative.made)
         if told and told.get("error"):
             found.append({"name": alternative.name, "error": told["error"]})
-    for path in sorted((place / "judged").glob("*.json")):
-        name = next((n for n in {**there, **times} if _file_name(n) == path.stem), path.stem)
+    for name, contender in there.items():
+        path = place / f"judged/{_file_name(contender.same or name)}.json"
+        if not path.is_file():
+            continue
         judged = json.loads(path.read_text(encoding="utf-8"))
-        row: dict[str, Any] = {"name": name, "graphs": judged}
-        if contender := there.get(name):
-            row |= {"made_s": contender.made.get("seconds"), "made_for": contender.made.get("margin")}
-            row["size_bytes"] = {graph: contender.size(graph) for graph in judged}
+        row: dict[str, Any] = {"name": name, "graphs": judged, "same": contender.same}
+        row |= {"made_s": contender.made.get("seconds"), "made_for": contender.made.get("margin")}
+        row["size_bytes"] = {graph: contender.size(graph) for graph in judged}
         row["verdicts"] = {
             f"{m:g}": next(v for v in WORST if v in {g["verdicts"][f"{m:g}"] for g in judged.values()})
             for m in model.margins
         }
-        if name in times:
+        if own := times.get(contender.same or name):
             base = times["medcompile fp32, openvino"]
-            row["latency_ms"] = {g: statistics.median(t) for g, t in times[name].items()}
-            row["best_ms"] = {g: min(t) for g, t in times[name].items()}
+            row["latency_ms"] = {g: statistics.median(t) for g, t in own.items()}
+            row["best_ms"] = {g: min(t) for g, t in own.items()}
             row["to_fp32"] = {
-                g: round(statistics.median(a / b for a, b in zip(t, base[g], strict=True)), 4)
-                for g, t in times[name].items()
+                g: round(statistics.median(a / b for a, b in zip(t, base[g], strict=True)), 4) for g, t in own.items()
             }
         found.append(row)
     return found
@@ -344,10 +352,11 @@ def table(model: Model, places: Places, also: list[str]) -> list[str]:
         for graph, g in row["graphs"].items():
             marks = " | ".join({"non-inferior": "yes", "inferior": "no"}.get(v, "-") for v in g["verdicts"].values())
             ms, ratio = (f"{row[k][graph]:.3g}" if k in row else "" for k in ("latency_ms", "to_fp32"))
-            size = f"{row['size_bytes'][graph] / 1e6:.2f}" if "size_bytes" in row else ""
-            seconds = "" if row.get("made_s") is None else f"{row['made_s']:.0f}"
+            size = f"{row['size_bytes'][graph] / 1e6:.2f}"
+            seconds = "" if row["made_s"] is None else f"{row['made_s']:.0f}"
+            name = f"{row['name']}, same as {row['same']}" if row["same"] else row["name"]
             lines.append(
-                f"| {row['name']} | {graph} | {g['value']:.5f} | {g['difference']:+.5f} | {g['lower']:+.5f} "
+                f"| {name} | {graph} | {g['value']:.5f} | {g['difference']:+.5f} | {g['lower']:+.5f} "
                 f"| {marks} | {ms} | {ratio} | {size} | {seconds} |"
             )
     return [*lines, "", *(f"Not made: {name}: {why}" for name, why in unmade.items()), ""]
