@@ -380,7 +380,8 @@ class _Watch:
             self._wall += wall * len(self._cores)
             self._other += busy[0] - self._busy[0] - own_s
             self._stolen += busy[1] - self._busy[1]
-        return None if energy is None or self._energy is None else energy - self._energy
+        used = None if energy is None or self._energy is None else energy - self._energy
+        return None if used is None or used < 0 else used  # the meter starts again at zero now and then
 
     def shares(self) -> tuple[float | None, float | None]:
         """Of the cores' time: what others had, and what a hypervisor took."""

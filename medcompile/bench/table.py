@@ -10,6 +10,7 @@ from rich.text import Text
 
 from medcompile.bench import judgement, roofline
 from medcompile.bench.judgement import Change
+from medcompile.bench.peer import Missing
 from medcompile.bench.results import Bench, Entry, Shape, Timing
 from medcompile.bench.statistics import Ratio
 
@@ -29,12 +30,13 @@ def told(found: Bench) -> Iterator[RenderableType]:
 
 
 def not_run(found: Bench) -> list[tuple[str, str, str]]:
-    """Contenders without a number in any cell: title, reason, and what would change it."""
-    silent = [e for e in found.entries if not any(e.timing(s.name) for s in found.shapes)]
-    return [
-        (e.title, e.missing.reason, e.missing.fix) if e.missing else (e.title, e.error or _errors(e), "")
-        for e in silent
-    ]
+    """Contenders without a number in any cell: their titles, the reason, and what would change it."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in found.entries:
+        if not any(entry.timing(s.name) for s in found.shapes):
+            missing = entry.missing or Missing(entry.error or _errors(entry))
+            reasons.setdefault((missing.reason, missing.fix), []).append(entry.title)
+    return [(", ".join(titles), reason, fix) for (reason, fix), titles in reasons.items()]
 
 
 def facts(found: Bench) -> str:
@@ -47,7 +49,8 @@ def facts(found: Bench) -> str:
         f"{found.name}, {found.task}; {clock}; {found.inputs}\n"
         f"{found.threads} threads, {found.rounds} rounds in random order (seed {found.seed}), one process each; "
         f"{machine}; {power}\n"
-        f"time: median over rounds; ratio: time over that of {found.reference or 'none'}, with its 95 % interval"
+        f"ratio: time over that of {found.reference or 'none'} in the same round, the median over rounds, and its 95 % "
+        "interval"
     )
 
 
@@ -79,7 +82,8 @@ def columns(found: Bench, shape: Shape) -> list[Column]:
 
 def _cell_table(found: Bench, shape: Shape) -> Table:
     shown = columns(found, shape)
-    table = Table("contender", title=title(found, shape), title_justify="left")
+    table = Table(title=title(found, shape), title_justify="left")
+    table.add_column("contender", no_wrap=True)
     for name, _ in shown:
         table.add_column(name, justify="left" if name in ("answers", "ratio", "of the limit") else "right")
     timed = [(t.p50 or 0.0, e, t) for e in found.entries if (t := e.timing(shape.name)) is not None]
@@ -131,7 +135,7 @@ def ratio(found: Ratio | None, is_reference: bool) -> str:
         return "-"
     if found.low is None or found.high is None:
         return f"{found.value:.2f}, {found.rounds} rounds"
-    same = ", no difference" if found.no_difference else ""
+    same = " no difference" if found.no_difference else ""
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]{same}"
 
 
@@ -145,7 +149,7 @@ def answers(timing: Timing, is_reference: bool) -> str:
         return "; ".join(["reference", *gold])
     parts = [f"WRONG: {a.wrong}"] if a.wrong else []
     if a.cosine_mean is not None and a.cosine_worst is not None:
-        parts.append(f"cosine {a.cosine_mean:.4f}, worst {a.cosine_worst:.4f}")
+        parts.append(f"cosine {a.cosine_mean:.4f}, {a.cosine_worst:.4f} worst")
     if a.agreement is not None:
         parts.append(f"agreement {a.agreement:.4f}")
     return "; ".join([*parts, *gold])
@@ -167,7 +171,7 @@ def changes(found: Iterable[Change]) -> Table:
         verdict = change.wrong or ("slower" if change.regressed else "")
         if change.ratio is not None and not verdict:
             verdict = "no difference" if change.ratio.no_difference else "within tolerance or faster"
-        shown = ratio(change.ratio, False).removesuffix(", no difference")
+        shown = ratio(change.ratio, False).removesuffix(" no difference")
         table.add_row(change.entry, change.cell, shown, verdict, style="red" if change.regressed else "")
     return table
 

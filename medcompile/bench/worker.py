@@ -224,6 +224,8 @@ class Host:
         start = time.perf_counter_ns()
         answer = self._runner.run(batch)
         took = time.perf_counter_ns() - start
+        if batch.cell.new and answer.values is not None and answer.values.shape[1] != batch.cell.new:
+            raise ValueError(f"generated {answer.values.shape[1]} tokens, not {batch.cell.new} as asked")
         if k >= 0 and at not in self._answers and not (turn and batch.cell.new):
             self._answers[at] = copied(answer)
         return took, answer

@@ -31,7 +31,7 @@ def test_a_single_bad_vector_makes_the_answers_wrong() -> None:
     bad[7] = [1, -1, 1, 1]
     found = accuracy.judge("embed", of(bad), of(good))
     assert found.cosine_mean is not None and found.cosine_mean > 0.98
-    assert found.wrong == "worst cosine 0.500"
+    assert found.wrong == "worst cosine below 0.9"
 
 
 def test_labels_agree_by_their_largest_logit_at_every_token() -> None:
@@ -47,7 +47,9 @@ def test_generated_tokens_count_up_to_the_first_that_differs() -> None:
     reference = [[1, 2, 3, 4], [1, 2, 3, 4]]
     found = accuracy.judge("generate", of([[1, 2, 9, 4], [1, 2, 3, 4]]), of(reference))
     assert found.agreement == pytest.approx((0.5 + 1.0) / 2)
-    assert found.wrong == "agreement 0.750"
+    assert found.wrong == ""
+    other = accuracy.judge("generate", of([[9, 2, 3, 4], [9, 2, 3, 4], [1, 2, 3, 4]]), of([*reference, reference[0]]))
+    assert other.wrong == "less than 0.5 begin with the same token"
 
 
 def test_spans_are_compared_as_sets_of_each_item() -> None:

@@ -25,11 +25,12 @@ class Recorder:
     def __init__(self) -> None:
         self.notes = {}
         self.prompts: list[list[int]] = []
+        self.new = 4
 
     def run(self, batch: Batch) -> Answer:
         ids = batch.feeds["input_ids"]
         self.prompts += ids.tolist()
-        return Answer(ids, first_ns=5, steps_ns=(1, 2))
+        return Answer(ids[:, : self.new], first_ns=5, steps_ns=(1, 2))
 
     def close(self) -> None: ...
 
@@ -85,7 +86,7 @@ def test_files_of_a_preparation_that_failed_are_made_anew(tmp_path: Path) -> Non
 
 def host(tmp_path: Path, prompts: int = 3) -> tuple[worker.Host, Recorder]:
     peer = Made()
-    cell = Cell(1, 4, 2)
+    cell = Cell(1, 4, 4)
     asked = job(tmp_path, cells=(cell,), inputs=str(tmp_path))
     np.savez(tmp_path / f"{cell.name}.npz", input_ids=np.arange(4 * prompts).reshape(prompts, 4))
     made = worker.Host(peer, asked)
@@ -123,6 +124,13 @@ def test_runs_tell_the_time_to_the_first_token_and_of_each_later_one(tmp_path: P
     assert len(told["ns"]) == 2
     assert len(recorder.prompts) - before == 3
     assert told["cpu_ns"] >= told["run_cpu_ns"]
+
+
+def test_a_decoder_that_stops_early_is_not_timed(tmp_path: Path) -> None:
+    made, recorder = host(tmp_path)
+    recorder.new = 3
+    with pytest.raises(ValueError, match="generated 3 tokens, not 4 as asked"):
+        made.warm(0, limit_s=5)
 
 
 def test_warming_up_ends_when_five_runs_agree_or_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

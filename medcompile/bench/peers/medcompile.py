@@ -16,7 +16,7 @@ from medcompile.bundle import Bundle
 from medcompile.spec import Artifact
 
 TASKS = ("embed", "token-classification", "sequence-classification", "fill-mask", "image", "text", "generate")
-PLAIN = ",plain"
+PLAIN = "+plain"
 """Ends the option of a decoder that guesses no tokens ahead."""
 
 

@@ -30,6 +30,7 @@ class TransformersGenerate(Peer):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             job.source, dtype=getattr(torch, self.precision), local_files_only=True
         ).eval()
+        model.generation_config.eos_token_id = None  # else it stands in for what is left open below
         asked = transformers.GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
 
         class Clock:
