@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import runpy
+import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -42,3 +44,13 @@ def block_size(hidden: int, intermediate: int, most: int) -> int:
     while size > 16 and (hidden % size or intermediate % size):
         size //= 2
     return size
+
+
+def run_module(module: str, arguments: Sequence[str]) -> None:
+    """What `python -m module arguments` does, in this process, so that its memory is counted."""
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{module} ended with {end.code}") from end

@@ -1,15 +1,14 @@
 """onnxruntime-genai in int4: its model builder's defaults for a CPU with accuracy level 4, blocks of 32.
 
-Settings: greedy, the cache shared between steps, the prompt appended as token ids. Its end token is set to one that
-does not exist, since it can't be told to go on after it. Its builder needs torch and transformers beside it.
+Settings: greedy, the cache shared between steps, the prompt appended as token ids. It can't be told to go on after the
+end token, so that is said to be the vocabulary's last one, the rarest, which min_length then forbids. Its builder needs
+torch and transformers beside it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +31,9 @@ class OnnxRuntimeGenai(Peer):
 
     def prepare(self, job: Job) -> None:
         work = Path(job.work)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", job.source, "-o", job.work]
-        command += ["-p", "int4", "-e", "cpu", "-c", str(work / "cache"), "--extra_options", "int4_accuracy_level=4"]
-        subprocess.run(command, check=True)
+        asked = ["-i", job.source, "-o", job.work, "-p", "int4", "-e", "cpu", "-c", str(work / "cache")]
+        asked += ["--extra_options", "int4_accuracy_level=4"]
+        _decoding.run_module("onnxruntime_genai.models.builder", asked)
         shutil.rmtree(work / "cache", ignore_errors=True)
 
     def open(self, job: Job) -> FunctionRunner:
@@ -44,7 +43,7 @@ class OnnxRuntimeGenai(Peer):
         settings = Path(job.work) / "genai_config.json"
         config = json.loads(settings.read_text(encoding="utf-8"))
         config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = job.threads
-        config["model"]["eos_token_id"] = config["model"]["vocab_size"]
+        config["model"]["eos_token_id"] = config["model"]["vocab_size"] - 1
         config["search"]["past_present_share_buffer"] = True
         settings.write_text(json.dumps(config, indent=1), encoding="utf-8")
         model = og.Model(job.work)
@@ -53,7 +52,8 @@ class OnnxRuntimeGenai(Peer):
             ids = batch.feeds["input_ids"].astype(np.int32)
             start = time.perf_counter_ns()
             asked = og.GeneratorParams(model)
-            asked.set_search_options(max_length=ids.shape[1] + batch.cell.new, batch_size=len(ids), do_sample=False)
+            length = ids.shape[1] + batch.cell.new
+            asked.set_search_options(max_length=length, min_length=length, batch_size=len(ids), do_sample=False)
             generator = og.Generator(model, asked)
 
             def steps() -> Iterator[list[int]]:

@@ -8,8 +8,6 @@ the model's sizes. Its converter is optimum-intel, in the same environment.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -32,10 +30,9 @@ class OpenVinoGenai(Peer):
     float_precision = "bfloat16"
 
     def prepare(self, job: Job) -> None:
-        command = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "export", "openvino"]
-        command += ["-m", job.source, "--task", "text-generation-with-past", "--weight-format", "int4", "--sym"]
-        command += ["--group-size", str(_group(job)), "--ratio", "1.0", job.work]
-        subprocess.run(command, check=True)
+        asked = ["export", "openvino", "-m", job.source, "--task", "text-generation-with-past"]
+        asked += ["--weight-format", "int4", "--sym", "--group-size", str(_group(job)), "--ratio", "1.0", job.work]
+        _decoding.run_module("optimum.commands.optimum_cli", asked)
 
     def open(self, job: Job) -> FunctionRunner:
         import numpy as np
