@@ -208,7 +208,9 @@ def with_inputs(subject: Subject, job: Job, folder: Path, *, allow_phi: bool) ->
         dataset = data.read(data.load_manifest(subject.data), allow_phi=allow_phi)
         items = list(dataset.items)
         np.random.default_rng(SEED).shuffle(items)
-    told = f"{len(items)} items of {dataset.name}" if dataset else "random tokens"
+    kept = _images(items) if job.task == "image" else [i for i in items if i.text]
+    made_up = "random pixels" if job.task == "image" else "random tokens"
+    told = f"{len(kept)} items of {dataset.name}" if dataset and kept else made_up
     inputs = folder / "inputs"
     inputs.mkdir()
     digest = hashlib.sha256()

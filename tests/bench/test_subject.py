@@ -91,6 +91,15 @@ def test_images_come_as_pixels_and_as_files(pair: Workshop, tmp_path: Path) -> N
             assert all(Path(item).is_file() for item in batch.items)
 
 
+def test_inputs_that_are_made_up_say_so(pair: Workshop, tmp_path: Path) -> None:
+    found = replace(subject.of(pair.bundle, tmp_path), data=None)
+    for task, cell, said in (("text", Cell(1, 8), "random tokens"), ("image", Cell(1), "random pixels")):
+        folder = tmp_path / task
+        folder.mkdir()
+        job = replace(found.job, task=task, cells=(cell,), work=str(folder))
+        assert subject.with_inputs(found, job, folder, allow_phi=False)[1] == said
+
+
 def test_a_bundle_names_its_checkpoint_only_while_it_is_the_one_that_was_compiled(
     small: Workshop, tmp_path: Path
 ) -> None:
