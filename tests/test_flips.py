@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from medcompile import exams, flips, verify
+from medcompile import bundle, exams, flips, verify
 from medcompile.data import Item
 from medcompile.exams import key_of
 from medcompile.exams.text import Question, TextExam
 from medcompile.metrics import Predictions
 from medcompile.spec import GraphSpec
+from tests.tiny import Workshop
 
 TASK = "sequence-classification"
 
@@ -78,3 +79,14 @@ def test_confidences_come_back_with_the_reference_and_older_ones_without(tmp_pat
     again = verify.read_reference(tmp_path / "flat.npz", asked)
     assert isinstance(again.confidences, np.ndarray)
     assert again.confidences.tolist() == [0.5, 0.75]
+
+
+def test_a_bundle_lists_the_items_of_every_graph_that_decides(workshop: Workshop) -> None:
+    built = bundle.read(workshop.bundle)
+    listed = json.loads((built.root / flips.FILE).read_text(encoding="utf-8"))
+    deciding = [a for a in built.artifacts if a.graph != "embed"]
+    assert sorted(listed) == sorted(a.path for a in deciding)
+    for artifact in deciding:
+        told = next(e for e in artifact.evidence if e.metric in ("agreement", "top1_agreement"))
+        assert bool(listed[artifact.path]) == (told.value < 1.0)
+        assert all(len(name) <= 12 and kind in ("harmful", "healed", "other") for name, kind in listed[artifact.path])
