@@ -25,6 +25,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,21 +133,29 @@ def contenders(given: argparse.Namespace) -> dict[str, list[str]]:
 def measure(given: argparse.Namespace) -> list[str]:
     texts = prompts(given.folder, given.dialogues, given.count)
     commands = contenders(given)
-    pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
-    every: dict[str, Any] = {
-        name: subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True)
-        for name, command in commands.items()
-    }
-    for name, process in every.items():
-        if process.stdout.readline() != "ready\n":
-            raise SystemExit(f"{name} did not start: {' '.join(commands[name])}")
+    pipe = subprocess.PIPE
+    folder = Path(tempfile.mkdtemp())
+    logs = {name: folder / str(number) for number, name in enumerate(commands)}
+    every: dict[str, Any] = {}
+    for name, command in commands.items():
+        with logs[name].open("w") as log:
+            every[name] = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+
+    def line(name: str) -> str:
+        found: str = every[name].stdout.readline()
+        if not found:
+            raise SystemExit(f"{name} ended: {logs[name].read_text(encoding='utf-8')[-2000:]}")
+        return found
+
+    for name in every:
+        line(name)
     results: dict[str, list[tuple[list[int], float, float]]] = {name: [] for name in every}
     order, loads = random.Random(0), []
     for number, ids in enumerate([texts[0][:120], *texts]):  # the first warms up
         for name in order.sample(list(every), len(every)):
             every[name].stdin.write(json.dumps(ids) + "\n")
             every[name].stdin.flush()
-            result = json.loads(every[name].stdout.readline())
+            result = json.loads(line(name))
             if number:
                 results[name].append(result)
         loads.append(os.getloadavg()[0])
