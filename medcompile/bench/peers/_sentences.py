@@ -35,7 +35,7 @@ class SentencePeer(Peer):
                 folder, backend=backend, device="cpu", local_files_only=True, model_kwargs=dict(settings)
             )
         else:
-            words = models.Transformer(folder, backend=backend, model_args={"local_files_only": True, **settings})
+            words = models.Transformer(folder, backend=backend, model_kwargs={"local_files_only": True, **settings})
             pooling = models.Pooling(words.get_word_embedding_dimension(), pooling_mode=job.pooling)
             found = SentenceTransformer(modules=[words, pooling], device="cpu", backend=backend)
         found.max_seq_length = job.max_length

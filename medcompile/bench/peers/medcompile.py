@@ -53,12 +53,14 @@ class Ours(Peer):
             "artifact": "; ".join(artifact.notes),
             "evidence": str(artifact.verdict or "none"),
         }
+        backend = backends.get(artifact.target.backend)
+        notes["library"] = f"{artifact.target.backend} {backend.probe(target).version}"
         if job.clock == TEXT:
             return _session(job, name, target, notes)
         if job.task == "generate":
             return _decoder(job, found, artifact, notes)
         found.check(found.under(found.folder_of(artifact)))
-        spec, backend = found.graphs[job.task], backends.get(artifact.target.backend)
+        spec = found.graphs[job.task]
         executor = backend.load(found.root / artifact.path, spec, variant, artifact.target, job.threads)
         wanted = {tensor.name for tensor in spec.inputs}
         output = spec.outputs[0].name

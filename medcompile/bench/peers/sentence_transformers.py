@@ -1,4 +1,4 @@
-"""sentence-transformers on torch, in float32: its default. Other settings: _sentences.py."""
+"""sentence-transformers on torch, in float32 also where the checkpoint is not. Other settings: _sentences.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SentenceTransformersTorch(_sentences.SentencePeer):
     engine = "torch"
 
     def open(self, job: Job) -> FunctionRunner:
-        return self.runner(job, self.load(job, job.source, {}), {})
+        return self.runner(job, self.load(job, job.source, {"dtype": "float32"}), {})
 
 
 PEER = SentenceTransformersTorch()
