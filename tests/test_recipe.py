@@ -451,7 +451,7 @@ def test_a_shipped_recipe_loads_and_its_name_is_its_file_name(path: Path) -> Non
     loaded = recipe.load(path)
     assert loaded.name == path.stem
     least = {"int8", "int4"} if loaded.model.tasks == ["generate"] else {"fp32", "int8", "int8-dynamic"}
-    assert least <= {v.name for v in loaded.variants}
+    assert loaded.optimize or least <= {v.name for v in loaded.variants}
     assert recipe.load(path, ()) == loaded
 
 
