@@ -7,7 +7,7 @@ _sentences.py.
 from __future__ import annotations
 
 from medcompile.bench.peer import Job
-from medcompile.bench.peers import _sentences
+from medcompile.bench.peers import _openvino, _sentences
 from medcompile.bench.peers._runner import FunctionRunner
 
 _INSTALL = 'pip install "sentence-transformers[openvino]"'
@@ -26,7 +26,11 @@ class SentenceTransformersOpenVino(_sentences.SentencePeer):
 
     def open(self, job: Job) -> FunctionRunner:
         settings = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
-        return self.runner(job, self.load(job, job.work, {"ov_config": settings}), {"hint": "LATENCY"})
+        model = self.load(job, job.work, {"ov_config": settings})
+        inner = model[0].auto_model
+        inner.compile()  # else the first run does
+        notes = _openvino.facts(inner.request, {"hint": "LATENCY"})
+        return self.runner(job, model, notes | {"precision": notes["float_precision"]})
 
 
 PEER = SentenceTransformersOpenVino()
