@@ -177,6 +177,7 @@ class Host:
             last = took[-_SETTLED:]
             if len(last) == _SETTLED and max(last) - min(last) <= 0.05 * statistics.median(last):
                 break
+        gc.collect()
         return {"ns": took}
 
     def run(self, first: int, count: int, lead: int) -> dict[str, Any]:
@@ -187,7 +188,6 @@ class Host:
         before = time.process_time_ns()
         for k in range(lead):
             self._timed(first - lead + k)
-        gc.collect()
         took: list[int] = []
         firsts: list[int] = []
         steps: list[int] = []
