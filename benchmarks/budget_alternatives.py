@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from budget_exports import DECODER
+from budget_exports import DECODER, heads
 from budget_models import Model, Questions
 
 from medcompile.backends import Executor
@@ -84,14 +84,20 @@ def _ort_dynamic(per_channel: bool, questions: Questions, graph: str, exported: 
 
 def _ort_fused(questions: Questions, graph: str, exported: Path, out: Path) -> None:
     """Its transformer optimizer first, which is what makes its own dynamic attention kernel run."""
+    import onnx
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.transformers import optimizer
 
     with tempfile.TemporaryDirectory() as scratch:
         fused = str(Path(scratch) / "fused.onnx")
         kind = "vit" if graph == "image" else "bert"
-        optimizer.optimize_model(str(exported / f"{graph}.onnx"), model_type=kind).save_model_to_file(fused)
-        quantize_dynamic(fused, out / f"{graph}.onnx", per_channel=True)
+        assert questions.places.models is not None
+        count, hidden = heads(questions.places.models / questions.model.checkpoint, graph)
+        found = optimizer.optimize_model(str(exported / f"{graph}.onnx"), kind, count, hidden)
+        print(found.get_fused_operator_statistics())
+        found.save_model_to_file(fused)
+        options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
+        quantize_dynamic(fused, out / f"{graph}.onnx", per_channel=True, extra_options=options)
 
 
 def _ort_static(per_channel: bool, questions: Questions, graph: str, exported: Path, out: Path) -> None:
@@ -107,7 +113,8 @@ def _ort_static(per_channel: bool, questions: Questions, graph: str, exported: P
 
     with tempfile.TemporaryDirectory() as scratch:
         prepared = Path(scratch) / "prepared.onnx"
-        quant_pre_process(exported / f"{graph}.onnx", prepared)
+        # Its symbolic shapes come to no end on the exporter's own; the ONNX ones do.
+        quant_pre_process(exported / f"{graph}.onnx", prepared, skip_symbolic_shape=True)
         quantize_static(prepared, out / f"{graph}.onnx", Reader(), per_channel=per_channel)
 
 

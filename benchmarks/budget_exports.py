@@ -103,6 +103,16 @@ def _towers(checkpoint: Path) -> Any:
     return open_clip.create_model(f"local-dir:{checkpoint}", text_cfg=text).eval()
 
 
+def heads(checkpoint: Path, graph: str) -> tuple[int, int]:
+    """Attention heads and hidden size of a text encoder or a tower."""
+    if graph == "image":
+        trunk = _towers(checkpoint).visual.trunk
+        return trunk.blocks[0].attn.num_heads, trunk.embed_dim
+    path = checkpoint / ("text_config/config.json" if graph == "text" else "config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config["num_attention_heads"], config["hidden_size"]
+
+
 def _decoder(checkpoint: Path, attention: str) -> tuple[Any, tuple[Any, ...], list[str], list[str]]:
     """A step with keys and values of the past going in and out: input_ids, past.0.key, ... -> logits, present.0.key."""
     import torch

@@ -145,16 +145,10 @@ def _told(made: Path) -> dict[str, Any] | None:
 
 
 def make_all(model: Model, places: Places, again: list[str], cpus: list[int]) -> None:
-    assert places.models is not None
     place = places.of(model)
-    found = yardstick(model, places)
+    yardstick(model, places)
     plain(model, places, RTN_DECODER if model.metric == "perplexity" else RTN)
-    exported = place / "made" / "exported"
-    if not (exported / "made.json").is_file():
-        exported.mkdir(parents=True, exist_ok=True)
-        export(places.models / model.checkpoint, found.graphs, exported)
-        (exported / "made.json").write_text("{}", encoding="utf-8")
-    for name in dict.fromkeys(a.made for a in alternatives(model) if a.made != "exported"):
+    for name in dict.fromkeys(["exported", *(a.made for a in alternatives(model))]):
         out = place / "made" / name
         if _told(out) is not None and name not in again:
             continue
@@ -173,10 +167,14 @@ def make_all(model: Model, places: Places, again: list[str], cpus: list[int]) ->
 def make_one(model: Model, places: Places, name: str) -> None:
     place = places.of(model)
     questions, out = Questions(model, places, bundle.read(place / "bundle")), place / "made" / name
-    start = time.perf_counter()
-    make(questions, name, place / "made" / "exported", out)
-    seconds = round(time.perf_counter() - start, 2)
-    (out / "made.json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    start, before = time.perf_counter(), time.process_time()
+    if name == "exported":
+        assert places.models is not None
+        export(places.models / model.checkpoint, questions.bundle.graphs, out)
+    else:
+        make(questions, name, place / "made" / "exported", out)
+    told = {"seconds": round(time.perf_counter() - start, 2), "cpu_s": round(time.process_time() - before, 2)}
+    (out / "made.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 # ---- judge
@@ -316,7 +314,8 @@ def rows(model: Model, places: Places, also: list[str]) -> list[dict[str, Any]]:
             continue
         judged = json.loads(path.read_text(encoding="utf-8"))
         row: dict[str, Any] = {"name": name, "graphs": judged, "same": contender.same}
-        row |= {"made_s": contender.made.get("seconds"), "made_for": contender.made.get("margin")}
+        made = contender.made
+        row |= {"made_s": made.get("seconds"), "made_cpu_s": made.get("cpu_s"), "made_for": made.get("margin")}
         row["size_bytes"] = {graph: contender.size(graph) for graph in judged}
         row["verdicts"] = {
             f"{m:g}": next(v for v in WORST if v in {g["verdicts"][f"{m:g}"] for g in judged.values()})
@@ -341,7 +340,7 @@ def table(model: Model, places: Places, also: list[str]) -> list[str]:
         "",
         f"Tuning: {model.tuning[0]}; acceptance: {model.acceptance[0]}; {_timed_how(model, places)}.",
         "",
-        f"| alternative | graph | {model.metric} | difference | lower | {heads} | ms | to fp32 | MB | made in, s |",
+        f"| alternative | graph | {model.metric} | difference | lower | {heads} | ms | to fp32 | MB | made in, CPU s |",
         "|---|---|---|---|---|" + "---|" * (len(model.margins) + 4),
     ]
     unmade = {}
@@ -353,7 +352,7 @@ def table(model: Model, places: Places, also: list[str]) -> list[str]:
             marks = " | ".join({"non-inferior": "yes", "inferior": "no"}.get(v, "-") for v in g["verdicts"].values())
             ms, ratio = (f"{row[k][graph]:.3g}" if k in row else "" for k in ("latency_ms", "to_fp32"))
             size = f"{row['size_bytes'][graph] / 1e6:.2f}"
-            seconds = "" if row["made_s"] is None else f"{row['made_s']:.0f}"
+            seconds = "" if row["made_cpu_s"] is None else f"{row['made_cpu_s']:.0f}"
             name = f"{row['name']}, same as {row['same']}" if row["same"] else row["name"]
             lines.append(
                 f"| {name} | {graph} | {g['value']:.5f} | {g['difference']:+.5f} | {g['lower']:+.5f} "
