@@ -37,7 +37,7 @@ class SentenceTransformersOnnx(_sentences.SentencePeer):
         name, notes = "model.onnx", dict[str, Note](precision="float32")
         if job.option == "int8":
             name = f"model_qint8_{onnxruntime_instructions()}.onnx"
-            notes = {"precision": "int8", "quantized": f"per tensor, for {onnxruntime_instructions()}"}
+            notes = {"precision": "int8", "quantized": f"for {onnxruntime_instructions()}"}
         file = next(p for p in Path(job.work).rglob(name))
         settings = {
             "provider": "CPUExecutionProvider",
