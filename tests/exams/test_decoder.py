@@ -202,7 +202,7 @@ def test_answers_come_back_from_a_bundle_s_file_as_they_were(tmp_path: Path) -> 
     evidence = exams.judge(exam, [Margin("perplexity", 0.01, 0.95)], again, examined(exam.against(again), Bigrams()))
     assert (evidence[0].verdict, evidence[0].difference) == (Verdict.NON_INFERIOR, 0)
     assert {e.metric for e in evidence} == {
-        "perplexity", "kl", "top1_agreement", "accuracy", "accuracy[no]", "accuracy[yes]"
+        "perplexity", "kl", "top1_agreement", "accuracy", "accuracy[no]", "accuracy[yes]", "harmful_flips"
     }  # fmt: skip
 
 
