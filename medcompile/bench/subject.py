@@ -172,9 +172,9 @@ def _max_length(assets: Path) -> int:
 def cells(said: str, task: str, clock: str, max_length: int) -> tuple[Cell, ...]:
     """The shapes of a command line (`1x128,8x128`; `1x128+64` generates 64 tokens; `8` of images, and of texts as long
     as they are), or the usual ones. Raises UsageError."""
-    usual = _SHAPES.get(task, _SHAPES[clock])
-    if clock == TEXT and task != "generate":
-        usual = _SHAPES[TEXT]
+    if task == "generate" and clock == TEXT:
+        raise UsageError("decoders are timed from tokens to tokens", fix="leave --clock out")
+    usual = _SHAPES[TEXT] if clock == TEXT else _SHAPES.get(task, _SHAPES[MODEL])
     found = []
     for part in (said or usual).split(","):
         match = _CELL.fullmatch(part.strip())

@@ -151,6 +151,7 @@ def test_shapes_read_as_written(said: str, task: str, clock: str, expected: tupl
         ("1x513", "embed", MODEL),
         ("0x8", "embed", MODEL),
         ("1x128", "embed", TEXT),
+        ("", "generate", TEXT),
     ],
 )
 def test_shapes_that_mean_nothing_for_the_task_are_refused(said: str, task: str, clock: str) -> None:

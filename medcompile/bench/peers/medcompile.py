@@ -121,21 +121,12 @@ def _session(job: Job, variant: str, target: str, notes: dict[str, Note]) -> Run
         found = session.extract(batch.items)
         return Answer(spans=tuple(tuple((e.start, e.end, e.label) for e in item) for item in found))
 
-    def generated(batch: Batch) -> Answer:
-        import numpy as np
-
-        from medcompile.runtime.sampling import Sampling
-
-        asked = Sampling(max_tokens=batch.cell.new, ignore_eos=True)
-        return Answer(np.array([c.token_ids for c in session.generate(list(batch.items), asked)], np.int64))
-
     calls: dict[str, Callable[[Batch], Answer]] = {
         "embed": lambda batch: Answer(session.embed(batch.items)),
         "token-classification": entities,
         "sequence-classification": classes,
         "image": lambda batch: Answer(session.embed_images(batch.items)),
         "text": lambda batch: Answer(session.embed_texts(batch.items)),
-        "generate": generated,
     }
     if job.task not in calls:
         raise NotImplementedError(f"no timed call for {job.task} with texts in")
