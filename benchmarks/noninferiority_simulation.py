@@ -314,7 +314,7 @@ def main() -> None:
         "Of a family, false is an experiment in which any margin that is lost is called non-inferior, and power the"
         " share in which all are, nothing being lost. The contrast is what the naive way says: each margin tested by"
         " itself (Holm), the same margin on all items (worst subgroup), else a percentile bootstrap of the plain"
-        " difference.",
+        f" difference. The bootstraps of costs use {REAL_RESAMPLES:,} resamples.",
         "",
         "| data | margin | false non-inferior | contrast | power |",
         "|---|---|---|---|---|",
