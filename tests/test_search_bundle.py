@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 import medcompile
 from medcompile import bundle
@@ -131,3 +132,33 @@ def test_size_is_searched_by_bytes(tmp_path: Path) -> None:
     sizes = {p.name: p.size_bytes for p in search.points}
     assert all(p.cost == p.size_bytes for p in search.points)
     assert sizes[search.chosen] < max(sizes.values())
+
+
+def test_a_planted_bad_layer_is_kept_in_float_and_named_in_the_report(tmp_path: Path) -> None:
+    recipe = written(tmp_path)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    layer = "bert.encoder.layer.1"
+    # A channel that is always 1, with a weight that dwarfs all others, and a bias that takes its part away again: in
+    # float nothing is changed, in integers nothing is left of the rest.
+    tensors[f"{layer}.attention.output.LayerNorm.weight"][3] = 0.0
+    tensors[f"{layer}.attention.output.LayerNorm.bias"][3] = 1.0
+    tensors[f"{layer}.intermediate.dense.weight"][:, 3] = 2000.0
+    tensors[f"{layer}.intermediate.dense.bias"] -= 2000.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    found = medcompile.build(
+        recipe,
+        out=tmp_path / "out",
+        cache_folder=tmp_path / "cache",
+        overrides=["optimize=size", "budget.cosine.max_drop=0.01", "search.confirmations=1"],
+    )
+    (search,) = record.read(found.root / record.FILE)
+    planted = "encoder.layer.1.intermediate.dense/MatMul"
+    by_node = {node: choice for choice in search.layers for node in choice.nodes}
+    assert by_node[planted].format == "float"
+    quantized = {choice.format for choice in search.layers} - {"float"}
+    assert quantized
+    ruined = min(a.error for a in by_node[planted].alternatives if a.format in quantized)
+    assert ruined > 5 * max(choice.error for choice in search.layers)
+    assert planted in (found.root / "report.html").read_text(encoding="utf-8")
+    assert "alone would move the outputs by" in by_node[planted].why
