@@ -281,7 +281,9 @@ class _Build:
         return self.reference(graph, dataset).folder / f"{graph}.npz"
 
     def lowered(self, variant: Variant) -> Step:
-        """The variant's typed graphs."""
+        """The variant's typed graphs. Compute settings are the backends' business: variants that differ in them alone
+        share one graph."""
+        variant = replace(variant, compute={})
         step = self.calibrated if variant.needs_statistics else self.simplified
         label = variant.name
         if variant.quantized:

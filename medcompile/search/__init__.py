@@ -217,7 +217,7 @@ class Searcher:
         for i, way in enumerate(ways) if len(ways) > 1 else ():
             self.told(f"{menu.name}: {name} by {told_way(way)}")
             try:
-                errors[i] = self.bench.error(replace(way, name=name))
+                errors[i] = self.bench.error(replace(way, name=self.variant))
             except QuantizeError as error:
                 self.note(f"{menu.name}: {name} by {told_way(way)} can't be made: {error.message}")
         if not errors:
