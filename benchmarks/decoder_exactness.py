@@ -43,6 +43,11 @@ TIE = 1e-3
 SHORT, LONG = 24, 160
 """Tokens of prompts: from, to."""
 
+HEADING = """# Greedy tokens in float32 beside transformers' generate
+
+Made by `benchmarks/decoder_exactness.py`, which says how; one model after another.
+"""
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -202,7 +207,7 @@ def main() -> None:
     print(text)
     if given.write:
         with given.write.open("a", encoding="utf-8") as file:
-            file.write("\n" + text)
+            file.write(("" if file.tell() else HEADING) + "\n" + text)
     raise SystemExit(1 if worst else 0)
 
 
