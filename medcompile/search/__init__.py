@@ -455,7 +455,8 @@ def _why(own: Option, options: Sequence[Option], worst: Mapping[str, float], obj
         if own.format == FLOAT:
             return "no format is cheaper than float for it"
         return f"the cheapest format; alone it moves the outputs by {own.error:.2%}, which the budget bears"
-    rank = "as much as any layer's" if cheapest.error >= worst.get(cheapest.format, 0.0) else "too much for the budget"
+    most = cheapest.error >= worst.get(cheapest.format, 0.0)
+    rank = "more than any other layer" if most else "with the others more than the budget bears"
     more = _amount(own.cost - cheapest.cost, objective)
     moved = f"{cheapest.format} alone would move the outputs by {cheapest.error:.2%}, {rank}"
     return f"{moved}; {own.format} costs {more} more"
