@@ -13,6 +13,7 @@ from medcompile import backends, bundle
 from medcompile.bench.peer import MODEL, TEXT, Answer, Batch, Job, Missing, Note, Peer, Runner
 from medcompile.bench.peers._runner import FunctionRunner
 from medcompile.bundle import Bundle
+from medcompile.errors import UsageError
 from medcompile.spec import Artifact
 
 TASKS = ("embed", "token-classification", "sequence-classification", "fill-mask", "image", "text", "generate")
@@ -129,7 +130,7 @@ def _session(job: Job, variant: str, target: str, notes: dict[str, Note]) -> Run
         "text": lambda batch: Answer(session.embed_texts(batch.items)),
     }
     if job.task not in calls:
-        raise NotImplementedError(f"no timed call for {job.task} with texts in")
+        raise UsageError(f"{job.task} has no timed call that starts from texts", fix="time it with --clock model")
     return FunctionRunner(calls[job.task], notes)
 
 

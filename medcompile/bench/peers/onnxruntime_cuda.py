@@ -1,6 +1,7 @@
 """ONNX Runtime on an NVIDIA GPU in float16: our export, its optimizer's fusions, its CUDA provider.
 
-Inputs and outputs stay float32 on the host, as session.run() takes them: copies are inside the clock.
+Inputs and outputs stay float32 on the host, as session.run() takes them: copies are inside the clock. NOT RUN
+HERE (no GPU).
 """
 
 from __future__ import annotations
