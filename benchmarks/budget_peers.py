@@ -100,7 +100,9 @@ class Contender:
             assert isinstance(second, Path)
             return sum(path.stat().st_size for path in files(first, second, graph))
         assert not isinstance(second, Path)
-        return next(a.size_bytes for a in second if a.graph == graph)
+        folder = first.folder_of(next(a for a in second if a.graph == graph))
+        loaded = [path for path in first.under(folder) if not path.endswith((".blob", ".machine"))]
+        return sum(first.files[path].size for path in loaded)  # without what OpenVINO compiled for this machine alone
 
 
 def contenders(model: Model, places: Places, also: list[str]) -> dict[str, Contender]:
