@@ -187,12 +187,15 @@ def _nncf_data(questions: Questions, graph: str) -> tuple[Any, int]:
     return nncf.Dataset(feeds), len(feeds)
 
 
+_AWQ = {"adjust": True, "data": True, "awq": True}
 WEIGHTS: dict[str, Mapping[str, Any]] = {
     "nncf-weights-int8": {},
     "nncf-weights-int4": {"group_size": 128, "adjust": True},
     "nncf-weights-int4-g32": {"group_size": 32, "adjust": True},
-    "nncf-weights-int4-awq": {"group_size": 128, "adjust": True, "data": True, "awq": True},
-    "nncf-weights-int4-awq-g32": {"group_size": 32, "adjust": True, "data": True, "awq": True},
+    "nncf-weights-int4-awq": {"group_size": 128, **_AWQ},
+    "nncf-weights-int4-awq-g32": {"group_size": 32, **_AWQ},
+    "nncf-weights-int4-awq-scales": {"group_size": 128, "scale_estimation": True, **_AWQ},
+    "nncf-weights-int4-awq-scales-g32": {"group_size": 32, "scale_estimation": True, **_AWQ},
 }
 MAKERS: dict[str, Callable[[Questions, str, Path, Path], None]] = {
     "ort-dynamic": functools.partial(_ort_dynamic, False),
