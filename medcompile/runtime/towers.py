@@ -159,6 +159,13 @@ class Towers:
                 held, good = [], 0
         yield from self._results(spec, held, batch, done, normalize)
 
+    def embed_pixels(self, pixels: Sequence[Array], *, normalize: bool = True) -> Array:
+        """Embeddings of images that the transform made ready, all of one size: float32 [n, dim]."""
+        spec, transform = self._image_tower()
+        batch = image_batch(spec, pixels[0].shape[1:] if len(pixels) else transform.size)
+        parts = [pixels[i : i + batch.max] for i in range(0, len(pixels), batch.max)] or [[]]
+        return np.concatenate([self._embed_pixels(spec, part, batch, normalize) for part in parts])
+
     def embed_texts(self, texts: Text | Iterable[Text], *, normalize: bool = True) -> Array:
         """One row per text, float32 [n, dim]; a single text is a list of one.
 

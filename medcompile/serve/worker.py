@@ -1,0 +1,154 @@
+"""The process that runs one bundle: python -m medcompile.serve.worker FD, where FD is its socket to the server.
+
+It loads the bundle, says that it is ready, and answers what comes until the server is gone. The model's work is in
+worker_decoder.py and worker_encoder.py; here is what both need: reading requests, sending answers, telling errors.
+Nothing that a client sent is ever printed, and a crash leaves no dump of memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from medcompile.errors import MedcompileError, UsageError
+from medcompile.runtime.session import GENERATE, Session, load
+from medcompile.serve.failures import sent
+from medcompile.serve.frames import Frame, packed, received
+from medcompile.serve.private import no_dumps
+
+
+class Desk(Protocol):
+    """What answers requests: a decoder's or an encoder's. Called from the one thread that reads the socket."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the server should know of the model."""
+
+    def take(self, frame: Frame) -> None:
+        """Begin with a request; its answer is sent when it is there. Raises what is wrong with it."""
+
+    def cancel(self, number: int) -> None:
+        """Forget a request. Nothing happens for one that is answered."""
+
+    def stats(self) -> dict[str, Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Line:
+    """The way to the server; threads may share it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, *frames: tuple[Mapping[str, Any], bytes | memoryview]) -> None:
+        """All of them at once. A server that is gone needs no answer."""
+        data = b"".join(packed(header, body) for header, body in frames)
+        with self._lock:
+            try:
+                self._connection.sendall(data)
+            except OSError:
+                os._exit(0)  # the server is gone, and whatever runs here runs for nobody
+
+    def fail(self, number: int, error: BaseException) -> None:
+        self.send(({"id": number, "error": sent(error)}, b""))
+
+
+class _Told(logging.Handler):
+    """Log records go to the server, which writes them as it writes its own."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__(logging.INFO)
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line.send(({"log": {"level": record.levelno, "message": record.getMessage()}}, b""))
+
+
+def main(descriptor: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops when it has drained, and the workers with it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    no_dumps()
+    connection = socket.socket(fileno=descriptor)
+    line = Line(connection)
+    logger = logging.getLogger("medcompile")
+    logger.addHandler(_Told(line))
+    logger.propagate = False
+    frames = received(connection)
+    first = next(frames, None)
+    if first is None:
+        return
+    number = first.header["id"]
+    try:
+        session = _loaded(first.header)
+        desk = _desk(session, line)
+    except Exception as error:  # noqa: BLE001  # whatever keeps a bundle from loading is the server's to tell
+        line.fail(number, error)
+        return
+    told = {"variant": session.variant.name, "target": session.target.name, **desk.facts()}
+    line.send(({"id": number, **told}, b""))
+    _serve(desk, line, frames)
+    os._exit(0)  # without waiting for a step that nobody reads
+
+
+def _serve(desk: Desk, line: Line, frames: Iterator[Frame]) -> None:
+    for frame in frames:
+        number, op = frame.header["id"], frame.header["op"]
+        try:
+            if op == "cancel":
+                desk.cancel(number)
+            elif op == "stats":
+                line.send(({"id": number, **desk.stats()}, b""))
+            else:
+                desk.take(frame)
+        except MedcompileError as error:
+            line.fail(number, error)
+        except Exception as error:  # noqa: BLE001  # a bug in one request must not end the others
+            logging.getLogger("medcompile").error("%s: %s", op, where(error))
+            line.fail(number, error)
+
+
+def _loaded(told: Mapping[str, Any]) -> Session:
+    return load(
+        told["path"],
+        backend=told["backend"],
+        variant=told["variant"],
+        threads=told["threads"],
+        kv_blocks=told["kv_blocks"],
+    )
+
+
+def _desk(session: Session, line: Line) -> Desk:
+    if GENERATE in session.bundle.graphs:
+        from medcompile.serve.worker_decoder import DecoderDesk
+
+        return DecoderDesk(session, line)
+    from medcompile.serve.worker_encoder import EncoderDesk
+
+    return EncoderDesk(session, line)
+
+
+def where(error: BaseException) -> str:
+    """An error's type and the lines that it came through, without its words, which may hold a text."""
+    lines, trace = [], error.__traceback__
+    while trace:
+        lines.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")  # noqa: PTH119
+        trace = trace.tb_next
+    return f"{type(error).__name__} at {' > '.join(lines)}"
+
+
+def unknown(op: str, session: Session) -> UsageError:
+    return UsageError(
+        f"{session.bundle.name} does not do this ({op}); its tasks are: {', '.join(session.bundle.tasks)}",
+        fix="ask another model; /v1/models tells each one's tasks",
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,414 @@
+"""Encoders in a worker: texts and images of many requests in common batches, by deadline and by length.
+
+The earliest due goes first (deadlines.py's patience for each priority, so that nothing starves), and takes those
+along that are about as long, because padding is work for nothing. One thread runs batches, one after the other, and
+a batch holds what is there when the one before ends: nobody waits for company. Texts are tokenized, and images
+decoded and resized, in threads meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medcompile.errors import MedcompileError
+from medcompile.runtime.deadlines import PATIENCES, Priority
+from medcompile.runtime.flow import default_threads
+from medcompile.runtime.session import Session
+from medcompile.runtime.text import BATCH_TOKENS, checked
+from medcompile.serve.frames import Frame
+from medcompile.serve.worker import Desk, Line, unknown, where
+
+if TYPE_CHECKING:
+    from medcompile.runtime.text import TextAssets
+
+Array = np.ndarray[Any, Any]
+
+PATIENCE_S = 30.0
+"""How long routine requests let emergencies overtake; background ones, four times that."""
+BATCH = 64
+"""Items of a batch at most; the graph's own profile may cut it into several runs."""
+SHORTEST = 16
+"""Tokens that every text counts for when batches are made: below, a run's cost is hardly that of its tokens."""
+SLACK = 1.25
+"""How much longer than the shortest of its batch an item may be."""
+CLASSES_KEPT = 64
+"""Sets of prompts whose embeddings are kept."""
+
+
+@dataclass
+class Job:
+    """A request: as many items as it has texts or images, answered together when the last is done."""
+
+    number: int
+    finish: Callable[[Job], None]
+    priority: str
+    arrived_s: float
+    answers: list[Any]
+    left: int
+    tokens: int = 0
+    batch: int = 0
+    started_s: float = 0.0
+    over: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For usage and metrics."""
+        return {"tokens": self.tokens, "batch": self.batch, "queued_s": max(0.0, self.started_s - self.arrived_s)}
+
+
+@dataclass(eq=False)
+class Item:
+    """One text, pair of texts, or image of a job. kind: items of one kind go through the same graph."""
+
+    job: Job
+    index: int
+    kind: str
+    value: Any
+    length: int
+    due_s: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is done with items of one graph. run: values -> as many answers. prepare: one value, and its length."""
+
+    run: Callable[[list[Any]], Iterable[Any]]
+    prepare: Callable[[Any], tuple[Any, int]]
+    slow: bool = False
+
+
+class EncoderDesk(Desk):
+    """Text encoders, and towers of images and texts."""
+
+    def __init__(self, session: Session, line: Line) -> None:
+        self._session = session
+        self._line = line
+        self._tasks = frozenset(session.bundle.tasks)
+        self._kinds = dict(self._made_kinds())
+        self._waiting = Waiting()
+        self._changed = threading.Condition()
+        self._jobs: dict[int, Job] = {}
+        self._classes: dict[str, Array] = {}
+        self._sums = {"batches": 0, "items": 0, "tokens": 0, "busy_s": 0.0}
+        self._pool = ThreadPoolExecutor(default_threads(), thread_name_prefix="medcompile-prepare")
+        self._warm_up()
+        threading.Thread(target=self._run_all, name="medcompile-batches", daemon=True).start()
+
+    def facts(self) -> dict[str, Any]:
+        told: dict[str, Any] = {"tasks": sorted(self._tasks)}
+        if "image" not in self._tasks and "text" not in self._tasks:
+            told["labels"] = list(self._session.encoder.labels)
+        return told
+
+    def stats(self) -> dict[str, Any]:
+        with self._changed:
+            return {**self._sums, "waiting": len(self._waiting), "requests": len(self._jobs)}
+
+    def cancel(self, number: int) -> None:
+        with self._changed:
+            if job := self._jobs.pop(number, None):
+                job.over = True
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ---- requests
+
+    def take(self, frame: Frame) -> None:
+        h, op = frame.header, frame.header["op"]
+        if op == "embed":
+            images = _cut(frame)
+            wanted = [("image", i) for i in images] or [(self._text_kind(), t) for t in checked(h["texts"])]
+            self._begin(frame, wanted, self._finish_rows)
+        elif op == "extract":
+            self._begin(frame, [("extract", t) for t in checked(h["texts"])], self._finish_entities)
+        elif op == "classify":
+            texts, pairs = checked(h["texts"]), h.get("pairs")
+            both = [("pairs", both) for both in zip(texts, checked(pairs), strict=True)] if pairs else None
+            self._begin(frame, both or [("classify", t) for t in texts], self._finish_scores)
+        elif op == "rerank":
+            self._begin(frame, self._ranked(checked(h["query"])[0], checked(h["texts"])), self._finish_ranks)
+        elif op == "match":
+            self._match(frame)
+        else:
+            raise unknown(op, self._session)
+
+    def _text_kind(self) -> str:
+        return "embed" if "embed" in self._tasks else "text"
+
+    def _ranked(self, query: str, texts: Sequence[str]) -> list[tuple[str, Any]]:
+        """By cosine where the bundle embeds, else by its classes of the pair of query and text."""
+        if self._tasks & {"embed", "text"}:
+            return [(self._text_kind(), text) for text in (query, *texts)]
+        return [("pairs", (query, text)) for text in texts]
+
+    def _match(self, frame: Frame) -> None:
+        """Images against prompts, whose embeddings are kept: most clients ask with the same ones each time."""
+        prompts, templates = frame.header["prompts"], frame.header.get("templates")
+        key = repr((prompts, templates))
+        wanted: list[tuple[str, Any]] = [("image", image) for image in _cut(frame)]
+        with self._changed:
+            classes = self._classes.pop(key, None)
+            if classes is not None:
+                self._classes[key] = classes  # the last used is the last to go
+        if classes is None:
+            wanted.append(("classes", (prompts, templates)))
+        self._begin(frame, wanted, self._finish_match, {"key": key, "classes": classes})
+
+    def _begin(
+        self,
+        frame: Frame,
+        wanted: Sequence[tuple[str, Any]],
+        finish: Callable[[Job], None],
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        for kind, _ in wanted:
+            if kind not in self._kinds:
+                raise unknown(frame.header["op"], self._session)
+        count = len(wanted)
+        priority = frame.header["priority"]
+        job = Job(frame.header["id"], finish, priority, time.monotonic(), [None] * count, count, more=more or {})
+        with self._changed:
+            self._jobs[job.number] = job
+        slow = any(self._kinds[kind].slow for kind, _ in wanted) or sum(_size(v) for _, v in wanted) > 20_000
+        if not slow:
+            self._enter(job, wanted)
+            return
+        for at in range(0, count, 16):
+            self._pool.submit(self._enter, job, wanted[at : at + 16], at)
+
+    def _enter(self, job: Job, wanted: Sequence[tuple[str, Any]], first: int = 0) -> None:
+        """Prepare items, and let them wait for their turn."""
+        due_s = job.arrived_s + PATIENCES[Priority(job.priority)] * PATIENCE_S
+        items = []
+        try:
+            for index, (kind, value) in enumerate(wanted, first):
+                prepared, length = self._kinds[kind].prepare(value)
+                items.append(Item(job, index, kind, prepared, length, due_s))
+        except Exception as error:  # noqa: BLE001  # in a thread of the pool nobody else would tell
+            self._fail(job, error, index)
+            return
+        with self._changed:
+            for item in items:
+                self._waiting.add(item)
+            self._changed.notify_all()
+
+    def _fail(self, job: Job, error: BaseException, index: int = 0) -> None:
+        with self._changed:
+            if job.over:
+                return
+            job.over = True
+            self._jobs.pop(job.number, None)
+        if isinstance(error, MedcompileError) and len(job.answers) > 1:
+            error = type(error)(f"item {index}: {error.message}", fix=error.fix)
+        elif not isinstance(error, MedcompileError):
+            _log_error(error)
+        self._line.fail(job.number, error)
+
+    # ---- batches
+
+    def _run_all(self) -> None:
+        while True:
+            with self._changed:
+                while not (batch := self._waiting.take()):
+                    self._changed.wait()
+            started_s = time.monotonic()
+            for item in batch:
+                item.job.started_s = item.job.started_s or started_s
+            done = self._answer(batch)
+            with self._changed:
+                self._sums["batches"] += 1
+                self._sums["items"] += len(batch)
+                self._sums["tokens"] += sum(i.length for i in batch)
+                self._sums["busy_s"] += time.monotonic() - started_s
+            for job in done:
+                self._finish(job)
+
+    def _answer(self, batch: Sequence[Item]) -> list[Job]:
+        """Run a batch; where it fails, one by one, to find whose fault it is. Returns the jobs that are complete."""
+        kind = self._kinds[batch[0].kind]
+        done = []
+        try:
+            answers = list(kind.run([item.value for item in batch]))
+        except Exception as error:  # noqa: BLE001  # told to the client, and logged where it is a bug
+            if len(batch) == 1:
+                self._fail(batch[0].job, error, batch[0].index)
+                return []
+            return [job for item in batch if not item.job.over for job in self._answer([item])]
+        for item, answer in zip(batch, answers, strict=True):
+            job = item.job
+            job.answers[item.index] = answer
+            job.left -= 1
+            job.batch = max(job.batch, len(batch))
+            job.tokens += item.length if item.kind not in {"image", "classes"} else 0
+            if job.left == 0:
+                done.append(job)
+        return done
+
+    def _finish(self, job: Job) -> None:
+        with self._changed:
+            if job.over:
+                return
+            job.over = True
+            del self._jobs[job.number]
+        try:
+            job.finish(job)
+        except Exception as error:  # noqa: BLE001  # a bug in telling one answer
+            _log_error(error)
+            self._line.fail(job.number, error)
+
+    # ---- answers
+
+    def _finish_rows(self, job: Job) -> None:
+        rows = np.stack(job.answers) if job.answers else np.zeros((0, 0), np.float32)
+        self._line.send(({"id": job.number, "shape": rows.shape, **job.facts}, rows.astype("<f4").tobytes()))
+
+    def _finish_entities(self, job: Job) -> None:
+        found = [[asdict(entity) for entity in entities] for entities in job.answers]
+        self._line.send(({"id": job.number, "found": found, **job.facts}, b""))
+
+    def _finish_scores(self, job: Job) -> None:
+        found = [[asdict(score) for score in scores] for scores in job.answers]
+        self._line.send(({"id": job.number, "found": found, **job.facts}, b""))
+
+    def _finish_ranks(self, job: Job) -> None:
+        if self._tasks & {"embed", "text"}:
+            rows = np.stack(job.answers).astype(np.float64)
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            scores = (rows[1:] @ rows[0]).tolist()
+        else:
+            label = self._session.encoder.labels[-1]
+            scores = [next(s.score for s in scores if s.label == label) for scores in job.answers]
+        self._line.send(({"id": job.number, "scores": scores, **job.facts}, b""))
+
+    def _finish_match(self, job: Job) -> None:
+        classes, answers = job.more["classes"], job.answers
+        if classes is None:
+            *answers, classes = answers
+            with self._changed:
+                self._classes[job.more["key"]] = classes
+                while len(self._classes) > CLASSES_KEPT:
+                    del self._classes[next(iter(self._classes))]
+        rows = self._session.towers.scores(np.stack(answers), classes)
+        self._line.send(({"id": job.number, "shape": rows.shape, **job.facts}, rows.astype("<f4").tobytes()))
+
+    # ---- what this bundle can do
+
+    def _made_kinds(self) -> Iterable[tuple[str, Kind]]:
+        session = self._session
+        if "image" in self._tasks:
+            towers = session.towers
+            assert towers.transform
+            pixels = towers.transform.pixels
+            yield "image", Kind(towers.embed_pixels, lambda image: (pixels(image, name="image"), 1), slow=True)
+        if "text" in self._tasks:
+            towers = session.towers
+            assert towers.text
+            yield "text", Kind(towers.embed_texts, _counted(towers.text))
+            if "image" in self._tasks:
+                yield "classes", Kind(lambda asked: [towers.classes(*one) for one in asked], lambda asked: (asked, 1))
+        if self._tasks & {"image", "text"}:
+            return
+        text = session.encoder.text
+        if "embed" in self._tasks:
+            yield "embed", Kind(session.embed, _counted(text))
+        if "token-classification" in self._tasks:
+            yield "extract", Kind(session.extract, _counted(text))
+        if "sequence-classification" in self._tasks:
+            yield "classify", Kind(session.classify, _counted(text))
+            yield "pairs", Kind(lambda both: session.classify(*map(list, zip(*both, strict=True))), _counted(text))
+
+    def _warm_up(self) -> None:
+        """Load every graph now, and not in the first request's time."""
+        for name in ("embed", "extract", "classify", "text"):
+            if name in self._kinds:
+                list(self._kinds[name].run(["warm up"]))
+        if "image" in self._kinds:
+            self._session.embed_images(np.zeros((32, 32), np.uint8))
+
+
+class Waiting:
+    """Items in lanes of one kind, about one length and one priority, in the order of arrival. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[str, int], dict[str, deque[Item]]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, item: Item) -> None:
+        bucket = math.ceil(math.log(max(item.length, SHORTEST)) / math.log(SLACK))
+        lanes = self._lanes.setdefault((item.kind, bucket), {})
+        lanes.setdefault(item.job.priority, deque()).append(item)
+        self._count += 1
+
+    def take(self) -> list[Item]:
+        """The earliest due item and those that go with it, the earliest due of them first; [] where none waits."""
+        best: tuple[float, tuple[str, int]] | None = None
+        for key, lanes in list(self._lanes.items()):
+            heads = [lane[0].due_s for lane in lanes.values() if self._clean(lane)]
+            if not heads:
+                del self._lanes[key]
+            elif best is None or min(heads) < best[0]:
+                best = min(heads), key
+        if best is None:
+            return []
+        lanes = self._lanes[best[1]]
+        batch: list[Item] = []
+        while len(batch) < BATCH:
+            open_lanes = [lane for lane in lanes.values() if self._clean(lane)]
+            if not open_lanes:
+                break
+            lane = min(open_lanes, key=lambda lane: lane[0].due_s)
+            longest = max([lane[0].length, *(item.length for item in batch)])
+            if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+                break
+            batch.append(lane.popleft())
+            self._count -= 1
+        return batch
+
+    def _clean(self, lane: deque[Item]) -> bool:
+        """Drop what nobody waits for any more from the front. Whether anything is left."""
+        while lane and lane[0].job.over:
+            lane.popleft()
+            self._count -= 1
+        return bool(lane)
+
+
+def _counted(text: TextAssets) -> Callable[[Any], tuple[Any, int]]:
+    """A text (or two), and how many tokens it has."""
+
+    def prepare(value: Any) -> tuple[Any, int]:
+        parts = [value] if isinstance(value, str) else list(value)
+        return value, sum(len(tokens) for tokens in text.encode(parts))
+
+    return prepare
+
+
+def _cut(frame: Frame) -> list[bytes]:
+    """The images in a frame's body, by their sizes in its header."""
+    found, at = [], 0
+    for size in frame.header.get("images") or ():
+        found.append(frame.body[at : at + size])
+        at += size
+    return found
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, (str, bytes)) else sum(len(v) for v in value if isinstance(v, str))
+
+
+def _log_error(error: BaseException) -> None:
+    logging.getLogger("medcompile").error("an encoder failed: %s", where(error))
