@@ -16,6 +16,7 @@ MedcompileError                    exit 1
 ├── ProfileError                   a shape lies outside every profile
 ├── InputError                     a text, image or file given to a session can't be used
 ├── CacheFull                      the pool of keys and values has no room for what was asked
+├── AuditError                     the audit log can't be written, or its chain is broken
 └── OverBudgetError                exit 3   built, but no variant is non-inferior
 """
 
@@ -131,6 +132,10 @@ class InputError(MedcompileError):
 
 
 class CacheFull(MedcompileError):
+    pass
+
+
+class AuditError(MedcompileError):
     pass
 
 
