@@ -102,6 +102,11 @@ class AuditLog:
         with self._lock:
             return self._next - 1, self._hash
 
+    @property
+    def waits(self) -> bool:
+        """Whether append() waits for the disk."""
+        return self._policy == "always"
+
     def append(self, record: Record) -> None:
         """Add one record. Raises AuditError where it can't be written; then what it tells of must not go on."""
         self._write("request", record.plain)
