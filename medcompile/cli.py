@@ -16,14 +16,17 @@ import typer
 from typer.core import TyperGroup
 
 from medcompile import __version__
+from medcompile.commands.audit import audit
 from medcompile.commands.bench import bench
 from medcompile.commands.build import build
 from medcompile.commands.diff import diff
 from medcompile.commands.explain import explain
 from medcompile.commands.inspect import inspect
+from medcompile.commands.keys import keys
 from medcompile.commands.options import AsJson
 from medcompile.commands.report import report
 from medcompile.commands.run import run
+from medcompile.commands.serve import serve
 from medcompile.commands.verify import verify
 from medcompile.errors import MedcompileError
 
@@ -78,6 +81,9 @@ app.command()(report)
 app.command()(diff)
 app.command()(explain)
 app.command()(bench)
+app.add_typer(keys, name="keys")
+app.add_typer(audit, name="audit")
+app.command()(serve)
 
 
 @app.command()

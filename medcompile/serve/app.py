@@ -1,48 +1,127 @@
-"""The HTTP application: routes over calls.py, and errors in OpenAI's shape."""
+"""The HTTP application: its routes, put together with what stands around them. What a route does is service.py's."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from medcompile import __version__
-from medcompile.serve import failures, wire
-from medcompile.serve.calls import CALLS, Asked, Call
+from medcompile.serve import failures, metrics, openapi, replies
+from medcompile.serve.calls import CALLS, Call
+from medcompile.serve.engine import Engine
 from medcompile.serve.engines import Engines
+from medcompile.serve.metrics import Metrics
+from medcompile.serve.service import Service
 from medcompile.serve.settings import Settings
+from medcompile.serve.watch import Watch
 
 log = logging.getLogger("medcompile.serve")
 
+MODEL_ROUTE = "/v1/models/{model:path}"
+ROUTES = (*CALLS, "/v1/models", MODEL_ROUTE, "/health/live", "/health/ready", "/metrics", "/openapi.json")
+
 
 def create_app(settings: Settings, engines: Engines) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with engines:
-            yield
-            await engines.drain(settings.drain_s)
-
-    app = FastAPI(title="medcompile", version=__version__, lifespan=lifespan)
+    """Over engines that are started, which whoever started them closes."""
+    counted = Metrics(ROUTES)
+    service = Service(settings, engines, counted)
+    for engine in engines:
+        counted.serves(engine.name, engine.digest, engine.facts["variant"], engine.facts["target"])
+    app = FastAPI(
+        title="medcompile",
+        summary="Medical models behind OpenAI's interface.",
+        version=__version__,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.service = service
     for call in CALLS.values():
-        _add(app, call, engines)
+        _add_call(app, call, service)
+    _add_models(app, engines)
+    _add_health(app, engines, service)
+    _add_document(app, engines)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _fault)
+    app.add_middleware(Watch, metrics=counted)
     return app
 
 
-def _add(app: FastAPI, call: Call, engines: Engines) -> None:
+def _add_call(app: FastAPI, call: Call, service: Service) -> None:
     async def route(request: Request) -> Response:
-        try:
-            body = call.checked(await request.body())
-            answer = await call.run(engines, body, Asked())
-        except Exception as error:  # noqa: BLE001
-            return Response(
-                wire.dumps(failures.body_of(error)),
-                failures.status_of(error),
-                failures.headers_of(error),
-                "application/json",
-            )
-        return Response(wire.dumps(answer), media_type="application/json")
+        return await service.answer(call, request)
 
-    app.post(call.url)(route)
+    told = " ".join((call.run.__doc__ or "").partition(":")[2].split())
+    app.post(call.url, name=call.run.__name__, description=told, tags=["models"])(route)
+
+
+def _add_models(app: FastAPI, engines: Engines) -> None:
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> Response:
+        """The bundles that are served here."""
+        return replies.document({"object": "list", "data": [_told(engine) for engine in engines]})
+
+    @app.get(MODEL_ROUTE, tags=["models"])
+    async def model(model: str) -> Response:
+        """One of them."""
+        try:
+            return replies.document(_told(engines.get(model)))
+        except failures.ModelNotFound as error:
+            return replies.failure(error)
+
+
+def _add_health(app: FastAPI, engines: Engines, service: Service) -> None:
+    @app.get("/health/live", tags=["watching"])
+    async def live() -> Response:
+        """Whether this process answers at all."""
+        return replies.document({"status": "ok", "models": {}})
+
+    @app.get("/health/ready", tags=["watching"])
+    async def ready() -> Response:
+        """Whether every model can answer now: 503 while one can't, or while the server stops."""
+        good = all(engine.ready for engine in engines)
+        states = {engine.name: str(engine.state) for engine in engines}
+        return replies.document({"status": "ok" if good else "unavailable", "models": states}, 200 if good else 503)
+
+    @app.get("/metrics", tags=["watching"])
+    async def watched() -> Response:
+        """Counters and times, as Prometheus reads them."""
+        return Response(await service.watch(), media_type=metrics.CONTENT_TYPE)
+
+
+def _add_document(app: FastAPI, engines: Engines) -> None:
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> Response:
+        return replies.document(openapi.document(app, engines, with_keys=False))
+
+
+def _told(engine: Engine) -> dict[str, Any]:
+    return {
+        "id": engine.name,
+        "object": "model",
+        "created": engine.created,
+        "owned_by": "medcompile",
+        "digest": engine.digest,
+        "tasks": list(engine.tasks),
+        "variant": engine.facts.get("variant"),
+        "target": engine.facts.get("target"),
+        "ready": engine.ready,
+    }
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """What the router itself refuses: no such route, another method."""
+    assert isinstance(error, HTTPException)
+    words = {404: "no such route; GET /openapi.json tells those that there are", 405: "not with this method"}
+    message = words.get(error.status_code, "the request can't be read")
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return replies.document(failures.told(message, kind), error.status_code, error.headers)
+
+
+async def _fault(_: Request, error: Exception) -> Response:
+    log.error("a request failed", exc_info=error)
+    return replies.failure(failures.Fault("the server failed on this request"))

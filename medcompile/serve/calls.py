@@ -9,7 +9,7 @@ OpenAI's shape and a status of them. What an answer cost is in asked.tally when 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from medcompile.serve.failures import of_validation
 
 __all__ = ["CALLS", "Answer", "Asked", "Call"]
 
-Answer = dict[str, Any] | AsyncIterator[dict[str, Any]]
+Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]
 
 
 @dataclass(frozen=True)

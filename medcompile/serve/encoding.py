@@ -120,11 +120,12 @@ async def _asked(
     items: int,
 ) -> Frame:
     asked.tally.met(engine, items)
+    asked.priority = body.priority or asked.priority
     frame = await engine.ask(
         op,
         {**payload, "images": [len(image) for image in images]} if images else payload,
         b"".join(images),
-        priority=body.priority or asked.priority,
+        priority=asked.priority,
         timeout_s=asked.timeout_s,
     )
     h = frame.header

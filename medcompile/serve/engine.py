@@ -10,22 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from medcompile import bundle
 from medcompile.errors import MedcompileError
 from medcompile.runtime.deadlines import Priority
 from medcompile.serve.failures import DeadlinePassed, Draining, QueueFull, WorkerDown, rebuilt
 from medcompile.serve.frames import Frame, Unpacker, packed
-from medcompile.serve.settings import Limits, Model
+from medcompile.serve.settings import Limits, Logging, Model
 
 SHARES: Mapping[str, float] = {Priority.EMERGENCY: 1.25, Priority.ROUTINE: 1.0, Priority.BACKGROUND: 0.75}
 """How much of the line each priority may fill: what can wait is turned away first."""
@@ -33,6 +35,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0
 """Before a worker that died is started again; doubled for each time that it died soon after its start."""
 STEADY_S = 60.0
 """A worker that lived so long did not die of its start."""
+
+STATS_S = 1.0
+"""How long a worker has to say how it is."""
 
 log = logging.getLogger("medcompile.serve")
 
@@ -51,7 +56,7 @@ class Engine:
     restarts: how often it was started again.
     """
 
-    def __init__(self, model: Model, limits: Limits) -> None:
+    def __init__(self, model: Model, limits: Limits, logging: Logging) -> None:
         found = bundle.read(model.path, check=False)
         self.model = model
         self.name = model.name or found.name
@@ -62,8 +67,10 @@ class Engine:
         self.restarts = 0
         self.created = int((model.path / bundle.MANIFEST).stat().st_mtime)
         self._limits = limits
+        self._logging = logging
         self._ids = count(1)
         self._waiting: dict[int, _Asked] = {}
+        self._told: dict[int, _Asked] = {}
         self._pending_bytes = 0
         self._rate = _Rate()
         self._process: subprocess.Popen[bytes] | None = None
@@ -79,6 +86,34 @@ class Engine:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    @property
+    def ready(self) -> bool:
+        return self.state is State.READY and bool(self.facts) and not self._draining
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the worker's process; 0 where it can't be told."""
+        try:
+            pages = Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]
+            return int(pages) * resource.getpagesize()
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    async def stats(self) -> dict[str, Any]:
+        """What the worker counts, or {} where it can't answer at once. Asked even when the line is full."""
+        if self.state is not State.READY or self._link is None:
+            return {}
+        number, asked = next(self._ids), _Asked()
+        self._told[number] = asked
+        self._link.send({"op": "stats", "id": number})
+        try:
+            async with asyncio.timeout(STATS_S):
+                return (await asked.next()).header
+        except (TimeoutError, MedcompileError):
+            return {}
+        finally:
+            del self._told[number]
 
     async def start(self) -> None:
         """Start the worker and wait until its model is loaded. Raises what load() raised there."""
@@ -106,7 +141,7 @@ class Engine:
         *,
         priority: str = Priority.ROUTINE,
         timeout_s: float | None = None,
-    ) -> AsyncIterator[Frame]:
+    ) -> AsyncGenerator[Frame, None]:
         """Answers until one that says that no more come. Closing the iterator cancels. Raises as ask() does."""
         async with self._entered(op, payload, body, priority, timeout_s) as asked:
             while True:
@@ -115,9 +150,13 @@ class Engine:
                 if not frame.header.get("more"):
                     return
 
+    def refuse(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Take nothing new, and wait for what is under way."""
-        self._draining = True
+        self.refuse()
         while self._waiting:
             await asyncio.sleep(0.02)
 
@@ -176,13 +215,8 @@ class Engine:
             )
 
     def _received(self, frame: Frame) -> None:
-        number = frame.header.get("id")
-        if number is None:
-            record = frame.header.get("log")
-            if record:
-                log.log(record["level"], "%s: %s", self.name, record["message"])
-            return
-        asked = self._waiting.get(number)
+        number = frame.header["id"]
+        asked = self._waiting.get(number) or self._told.get(number)
         if asked is None:  # it was given up while its answer was on the way
             return
         error = frame.header.get("error")
@@ -209,8 +243,9 @@ class Engine:
         _, link = await loop.create_connection(lambda: _Link(self, self._lost), sock=ours)
         self._link = link
         m = self.model
-        told = {"path": str(m.path), "backend": m.backend, "variant": m.variant}
+        told: dict[str, Any] = {"path": str(m.path), "backend": m.backend, "variant": m.variant}
         told |= {"threads": m.threads, "kv_blocks": m.kv_blocks, "name": self.name}
+        told |= {"log_level": self._logging.level, "log_json": self._logging.as_json}
         self.state = State.READY  # so that the first question can be asked
         draining, self._draining = self._draining, False
         try:
@@ -252,7 +287,7 @@ class Engine:
         self._fail_all()
 
     def _fail_all(self) -> None:
-        for asked in self._waiting.values():
+        for asked in (*self._waiting.values(), *self._told.values()):
             asked.over = True
             asked.put(
                 WorkerDown(f"the process of {self.name} ended during this request", fix="try again", retry_after_s=1)
@@ -298,8 +333,7 @@ class _Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         for frame in self._unpacker.feed(data):

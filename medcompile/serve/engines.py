@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from medcompile.errors import UsageError
 from medcompile.serve.engine import Engine
 from medcompile.serve.failures import ModelNotFound
-from medcompile.serve.settings import Limits, Model
+from medcompile.serve.settings import Limits, Logging, Model
 
 
 class Engines:
@@ -17,13 +17,13 @@ class Engines:
     Raises BundleError for a folder that is no bundle, UsageError for none at all or two of one name.
     """
 
-    def __init__(self, models: Sequence[Model], limits: Limits | None = None) -> None:
+    def __init__(self, models: Sequence[Model], limits: Limits | None = None, logging: Logging | None = None) -> None:
         self.limits = limits or Limits()
         self._engines: dict[str, Engine] = {}
         if not models:
             raise UsageError("no bundle to serve", fix="give the folder of one, such as engines/quickstart")
         for model in models:
-            engine = Engine(model, self.limits)
+            engine = Engine(model, self.limits, logging or Logging())
             if engine.name in self._engines:
                 raise UsageError(f"two bundles are named {engine.name}", fix=f"name one anew: other-name={model.path}")
             self._engines[engine.name] = engine
@@ -52,6 +52,11 @@ class Engines:
         except BaseExceptionGroup as errors:
             await self.close()
             raise errors.exceptions[0] from None
+
+    def refuse(self) -> None:
+        """Take nothing new from now on."""
+        for engine in self:
+            engine.refuse()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, and wait for what is under way, so long at most."""

@@ -139,12 +139,12 @@ def of_validation(problems: Iterable[Mapping[str, Any]], known: Sequence[str] = 
     param = ".".join(map(str, path)) or None
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see /docs for those that there are"
+        hint = f"did you mean {near[0]}?" if near else "see /openapi.json for those that there are"
         return BadRequest("a parameter that this route does not know", fix=hint, param=param)
     if kind in {"json_invalid", "json_type"}:
         return BadRequest("the body is not valid JSON", fix="send one JSON object, in UTF-8", param=None)
     message = _PLAIN.get(kind) or (str(first["msg"]) if kind in _SAFE else "a value of the wrong kind")
-    return BadRequest(f"{param or 'body'}: {message}", fix="see /docs", param=param)
+    return BadRequest(f"{param or 'body'}: {message}", fix="see /openapi.json", param=param)
 
 
 _SHOWN = {"content", "role", "text", "type", "json_schema", "schema", "include_usage", "image_url", "url"}

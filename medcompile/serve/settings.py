@@ -33,10 +33,17 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Logging:
+    level: str = "INFO"
+    as_json: bool = True
+
+
+@dataclass(frozen=True)
 class Settings:
     """host, port: where to listen. drain_s: how long a stop waits for requests under way."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     drain_s: float = 30.0
+    logging: Logging = field(default_factory=Logging)
     limits: Limits = field(default_factory=Limits)

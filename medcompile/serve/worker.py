@@ -18,9 +18,12 @@ from typing import Any, Protocol
 
 from medcompile.errors import MedcompileError, UsageError
 from medcompile.runtime.session import GENERATE, Session, load
+from medcompile.serve import logs
 from medcompile.serve.failures import sent
 from medcompile.serve.frames import Frame, packed, received
 from medcompile.serve.private import no_dumps
+
+log = logging.getLogger("medcompile.serve.worker")
 
 
 class Desk(Protocol):
@@ -60,39 +63,26 @@ class Line:
         self.send(({"id": number, "error": sent(error)}, b""))
 
 
-class _Told(logging.Handler):
-    """Log records go to the server, which writes them as it writes its own."""
-
-    def __init__(self, line: Line) -> None:
-        super().__init__(logging.INFO)
-        self._line = line
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._line.send(({"log": {"level": record.levelno, "message": record.getMessage()}}, b""))
-
-
 def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops when it has drained, and the workers with it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     no_dumps()
     connection = socket.socket(fileno=descriptor)
     line = Line(connection)
-    logger = logging.getLogger("medcompile")
-    logger.addHandler(_Told(line))
-    logger.propagate = False
     frames = received(connection)
     first = next(frames, None)
     if first is None:
         return
-    number = first.header["id"]
+    number, told = first.header["id"], first.header
+    logs.configure(told["log_level"], as_json=told["log_json"], worker=told["name"])
     try:
-        session = _loaded(first.header)
+        session = _loaded(told)
         desk = _desk(session, line)
     except Exception as error:  # noqa: BLE001  # whatever keeps a bundle from loading is the server's to tell
         line.fail(number, error)
         return
-    told = {"variant": session.variant.name, "target": session.target.name, **desk.facts()}
-    line.send(({"id": number, **told}, b""))
+    chosen = {"variant": session.variant.name, "target": session.target.name}
+    line.send(({"id": number, **chosen, **desk.facts()}, b""))
     _serve(desk, line, frames)
     os._exit(0)  # without waiting for a step that nobody reads
 
@@ -109,8 +99,8 @@ def _serve(desk: Desk, line: Line, frames: Iterator[Frame]) -> None:
                 desk.take(frame)
         except MedcompileError as error:
             line.fail(number, error)
-        except Exception as error:  # noqa: BLE001  # a bug in one request must not end the others
-            logging.getLogger("medcompile").error("%s: %s", op, where(error))
+        except Exception as error:  # a bug in one request must not end the others
+            log.error("a request failed", exc_info=error)
             line.fail(number, error)
 
 
@@ -132,15 +122,6 @@ def _desk(session: Session, line: Line) -> Desk:
     from medcompile.serve.worker_encoder import EncoderDesk
 
     return EncoderDesk(session, line)
-
-
-def where(error: BaseException) -> str:
-    """An error's type and the lines that it came through, without its words, which may hold a text."""
-    lines, trace = [], error.__traceback__
-    while trace:
-        lines.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")  # noqa: PTH119
-        trace = trace.tb_next
-    return f"{type(error).__name__} at {' > '.join(lines)}"
 
 
 def unknown(op: str, session: Session) -> UsageError:

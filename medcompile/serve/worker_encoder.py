@@ -26,10 +26,12 @@ from medcompile.runtime.flow import default_threads
 from medcompile.runtime.session import Session
 from medcompile.runtime.text import BATCH_TOKENS, checked
 from medcompile.serve.frames import Frame
-from medcompile.serve.worker import Desk, Line, unknown, where
+from medcompile.serve.worker import Desk, Line, unknown
 
 if TYPE_CHECKING:
     from medcompile.runtime.text import TextAssets
+
+log = logging.getLogger("medcompile.serve.worker")
 
 Array = np.ndarray[Any, Any]
 
@@ -128,8 +130,8 @@ class EncoderDesk(Desk):
     def take(self, frame: Frame) -> None:
         h, op = frame.header, frame.header["op"]
         if op == "embed":
-            images = _cut(frame)
-            wanted = [("image", i) for i in images] or [(self._text_kind(), t) for t in checked(h["texts"])]
+            wanted: list[tuple[str, Any]] = [("image", image) for image in _cut(frame)]
+            wanted = wanted or [(self._text_kind(), text) for text in checked(h["texts"])]
             self._begin(frame, wanted, self._finish_rows)
         elif op == "extract":
             self._begin(frame, [("extract", t) for t in checked(h["texts"])], self._finish_entities)
@@ -213,7 +215,7 @@ class EncoderDesk(Desk):
         if isinstance(error, MedcompileError) and len(job.answers) > 1:
             error = type(error)(f"item {index}: {error.message}", fix=error.fix)
         elif not isinstance(error, MedcompileError):
-            _log_error(error)
+            log.error("a batch failed", exc_info=error)
         self._line.fail(job.number, error)
 
     # ---- batches
@@ -264,8 +266,8 @@ class EncoderDesk(Desk):
             del self._jobs[job.number]
         try:
             job.finish(job)
-        except Exception as error:  # noqa: BLE001  # a bug in telling one answer
-            _log_error(error)
+        except Exception as error:  # a bug in telling one answer
+            log.error("a batch failed", exc_info=error)
             self._line.fail(job.number, error)
 
     # ---- answers
@@ -408,7 +410,3 @@ def _cut(frame: Frame) -> list[bytes]:
 
 def _size(value: Any) -> int:
     return len(value) if isinstance(value, (str, bytes)) else sum(len(v) for v in value if isinstance(v, str))
-
-
-def _log_error(error: BaseException) -> None:
-    logging.getLogger("medcompile").error("an encoder failed: %s", where(error))
