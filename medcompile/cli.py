@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from medcompile import __version__
 from medcompile.commands.audit import audit
+from medcompile.commands.batch import batch
 from medcompile.commands.bench import bench
 from medcompile.commands.build import build
 from medcompile.commands.diff import diff
@@ -84,6 +85,7 @@ app.command()(bench)
 app.add_typer(keys, name="keys")
 app.add_typer(audit, name="audit")
 app.command()(serve)
+app.command()(batch)
 
 
 @app.command()

@@ -1,0 +1,73 @@
+"""What answers a batch's requests: the same calls as the server's routes, without the HTTP around them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from medcompile.errors import MedcompileError
+from medcompile.serve import failures, logs, wire
+from medcompile.serve.asked import Asked
+from medcompile.serve.batch_lines import Answered, Request
+from medcompile.serve.calls import CALLS
+from medcompile.serve.engine import Engine, State
+from medcompile.serve.engines import Engines
+from medcompile.serve.files import Folder
+from medcompile.serve.settings import Limits
+
+LIMITS = Limits(queue=8192, timeout_s=3600.0)
+"""Lines of engines that only a batch asks: it bounds by itself what is in flight. A request that hangs ends at last."""
+BACK_S = 300.0
+"""How long a model's process may take to come back before the batch is given up."""
+LOOK_S = 0.05
+
+log = logging.getLogger("medcompile.serve")
+
+
+class Calls:
+    """Answers requests by these engines. folder: where the images of requests are that name one."""
+
+    def __init__(self, engines: Engines, folder: Folder | None = None) -> None:
+        self._engines = engines
+        self._folder = folder
+
+    async def ask(self, request: Request, request_id: str) -> Answered:
+        """Whatever is wrong becomes a status and OpenAI's error."""
+        asked = Asked(caller="batch", priority="background", request_id=request_id)
+        try:
+            if request.image:
+                assert self._folder is not None
+                asked.files = [await asyncio.to_thread(self._folder.read, request.image)]
+            body = wire.dumps(await CALLS[request.url](self._engines, request.body, asked))
+        except MedcompileError as error:
+            return _failed(error)
+        except Exception as error:  # noqa: BLE001  # a bug on one line must not end the others
+            log.error("a request failed: %s at %s", logs.kind(error), (logs.places(error) or [""])[-1])
+            return _failed(error)
+        return Answered(200, body, tokens_in=asked.tally.tokens_in, tokens_out=asked.tally.tokens_out)
+
+    async def ready(self, request: Request) -> None:
+        """Wait for a model's process that is being started again. Raises MedcompileError if it does not come back."""
+        engine = self._engine(request.body)
+        until_s = time.monotonic() + BACK_S
+        while engine is not None and engine.state is not State.READY:
+            if time.monotonic() > until_s:
+                raise MedcompileError(
+                    f"{engine.name} has not come back for {BACK_S:.0f} s",
+                    fix="see above what ended its process; the same command goes on where this one ended",
+                )
+            await asyncio.sleep(LOOK_S)
+
+    def _engine(self, body: Mapping[str, Any]) -> Engine | None:
+        """None for a model that is not here, which the call will tell."""
+        name = body.get("model")
+        return next((engine for engine in self._engines if engine.name == name), None)
+
+
+def _failed(error: Exception) -> Answered:
+    status = failures.status_of(error)
+    after_s = error.retry_after_s if isinstance(error, failures.ServeError) else None
+    return Answered(status, wire.dumps(failures.body_of(error)), after_s)
