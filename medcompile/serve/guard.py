@@ -10,7 +10,6 @@ import math
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from medcompile.errors import UsageError
 from medcompile.serve.asgi import App, Message, Receive, Refusal, Scope, Send, has_header, header
@@ -91,7 +90,7 @@ class Guard:
     def _local(self, scope: Scope) -> Refusal | None:
         """Turns away what a web page sent that was not let to, and what only seems to come from this machine."""
         origin, host = header(scope, b"origin"), header(scope, b"host")
-        if origin and origin not in self._rules.origins and urlsplit(origin).netloc.lower() != host.lower():
+        if origin and origin not in self._rules.origins and origin.partition("://")[2].lower() != host.lower():
             return Refusal(403, "cross_origin", "web pages of other origins may not ask this server")
         if self._keyring is not None:
             return None
@@ -188,7 +187,7 @@ def _only_loopback(host: str) -> bool:
     if _is_loopback(host.strip("[]")):
         return True
     try:
-        found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
         raise UsageError(f"--host {host}: no such address", fix="give an IP address, such as 127.0.0.1") from None
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
