@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from medcompile import __version__
 from medcompile.serve import failures, metrics, openapi, replies
+from medcompile.serve.audit import AuditLog
+from medcompile.serve.bodies import Bodies
+from medcompile.serve.cache import ResponseCache
 from medcompile.serve.calls import CALLS, Call
 from medcompile.serve.engine import Engine
 from medcompile.serve.engines import Engines
+from medcompile.serve.entrance import Entrance
+from medcompile.serve.guard import Guard
+from medcompile.serve.keys import Keyring
 from medcompile.serve.metrics import Metrics
+from medcompile.serve.scrubbing import Scrubbing
 from medcompile.serve.service import Service
 from medcompile.serve.settings import Settings
+from medcompile.serve.trail import Trail
 from medcompile.serve.watch import Watch
 
 log = logging.getLogger("medcompile.serve")
@@ -25,10 +35,21 @@ MODEL_ROUTE = "/v1/models/{model:path}"
 ROUTES = (*CALLS, "/v1/models", MODEL_ROUTE, "/health/live", "/health/ready", "/metrics", "/openapi.json")
 
 
-def create_app(settings: Settings, engines: Engines) -> FastAPI:
-    """Over engines that are started, which whoever started them closes."""
+@dataclass(frozen=True)
+class Safety:
+    """What is open while a server runs, made from its settings. All of it may be left out, in tests and at home."""
+
+    keyring: Keyring | None = None
+    audit: AuditLog | None = None
+    cache: ResponseCache | None = None
+    scrubbing: Scrubbing | None = None
+
+
+def create_app(settings: Settings, engines: Engines, safety: Safety | None = None) -> FastAPI:
+    """Over engines that are started, and over files that are open, which whoever opened them closes."""
+    safety = safety or Safety()
     counted = Metrics(ROUTES)
-    service = Service(settings, engines, counted)
+    service = Service(settings, engines, counted, safety.cache, safety.scrubbing)
     for engine in engines:
         counted.serves(engine.name, engine.digest, engine.facts["variant"], engine.facts["target"])
     app = FastAPI(
@@ -44,11 +65,29 @@ def create_app(settings: Settings, engines: Engines) -> FastAPI:
         _add_call(app, call, service)
     _add_models(app, engines)
     _add_health(app, engines, service)
-    _add_document(app, engines)
+    _add_document(app, engines, with_keys=safety.keyring is not None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)
-    app.add_middleware(Watch, metrics=counted)
+    _surround(app, settings, safety, counted)
     return app
+
+
+def _surround(app: FastAPI, settings: Settings, safety: Safety, counted: Metrics) -> None:
+    """The middlewares, the innermost first."""
+    app.add_middleware(Bodies, limits=settings.body)
+    app.add_middleware(Guard, keyring=safety.keyring, rules=settings.rules)
+    if settings.rules.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.rules.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Type", "X-Priority", "X-Purpose-Of-Use", "X-Request-ID"),
+            expose_headers=("X-Request-ID", "Retry-After"),
+        )
+    if safety.audit:
+        app.add_middleware(Trail, log=safety.audit)
+    app.add_middleware(Watch, metrics=counted)
+    app.add_middleware(Entrance)
 
 
 def _add_call(app: FastAPI, call: Call, service: Service) -> None:
@@ -93,10 +132,10 @@ def _add_health(app: FastAPI, engines: Engines, service: Service) -> None:
         return Response(await service.watch(), media_type=metrics.CONTENT_TYPE)
 
 
-def _add_document(app: FastAPI, engines: Engines) -> None:
+def _add_document(app: FastAPI, engines: Engines, *, with_keys: bool) -> None:
     @app.get("/openapi.json", include_in_schema=False)
     async def document() -> Response:
-        return replies.document(openapi.document(app, engines, with_keys=False))
+        return replies.document(openapi.document(app, engines, with_keys=with_keys))
 
 
 def _told(engine: Engine) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.state is State.READY and bool(self.facts) and not self._draining
+        return self.state is State.READY and not self._draining
 
     @property
     def resident_bytes(self) -> int:
@@ -130,6 +130,7 @@ class Engine:
         timeout_s: float | None = None,
     ) -> Frame:
         """One answer. Raises QueueFull, WorkerDown, DeadlinePassed, or what the session raised."""
+        self._check_open(priority, len(body))
         async with self._entered(op, payload, body, priority, timeout_s) as asked:
             return await asked.next()
 
@@ -143,12 +144,18 @@ class Engine:
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Frame, None]:
         """Answers until one that says that no more come. Closing the iterator cancels. Raises as ask() does."""
+        self._check_open(priority, len(body))
         async with self._entered(op, payload, body, priority, timeout_s) as asked:
             while True:
                 frame = await asked.next()
                 yield frame
                 if not frame.header.get("more"):
                     return
+
+    async def until_ready(self) -> None:
+        """Wait for a worker that is being started again."""
+        while not self.ready and self.state is not State.CLOSED:
+            await asyncio.sleep(0.05)
 
     def refuse(self) -> None:
         """Take nothing new from now on."""
@@ -175,10 +182,9 @@ class Engine:
     async def _entered(
         self, op: str, payload: Mapping[str, Any], body: bytes, priority: str, timeout_s: float | None
     ) -> AsyncIterator[_Asked]:
-        self._check_open(priority, len(body))
         assert self._link
         number, link, asked = next(self._ids), self._link, _Asked()
-        limit_s = min(timeout_s or self._limits.timeout_s, self._limits.timeout_s)
+        limit_s = timeout_s or self._limits.timeout_s
         late = DeadlinePassed(f"{self.name} had no whole answer after {limit_s:g} s", fix="ask for less, or later")
         timer = asyncio.get_running_loop().call_later(limit_s, asked.put, late)
         self._waiting[number] = asked
@@ -198,7 +204,7 @@ class Engine:
     def _check_open(self, priority: str, size: int) -> None:
         if self._draining:
             raise Draining("the server is stopping", fix="ask another server", retry_after_s=5)
-        if self.state is not State.READY:
+        if self._link is None or self.state not in (State.READY, State.STARTING):  # what is starting has a line, too
             raise WorkerDown(f"{self.name} is being started again", fix="try again", retry_after_s=2)
         limit = int(self._limits.queue * SHARES[priority])
         if len(self._waiting) >= limit:
@@ -230,7 +236,7 @@ class Engine:
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "medcompile.serve.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "medcompile.serve.worker", str(theirs.fileno()), self.name],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -246,10 +252,9 @@ class Engine:
         told: dict[str, Any] = {"path": str(m.path), "backend": m.backend, "variant": m.variant}
         told |= {"threads": m.threads, "kv_blocks": m.kv_blocks, "name": self.name}
         told |= {"log_level": self._logging.level, "log_json": self._logging.as_json}
-        self.state = State.READY  # so that the first question can be asked
-        draining, self._draining = self._draining, False
         try:
-            ready = await self.ask("load", told, timeout_s=self._limits.start_s)
+            async with self._entered("load", told, b"", Priority.EMERGENCY, self._limits.start_s) as asked:
+                ready = await asked.next()
         except WorkerDown:
             self.state = State.DOWN
             raise
@@ -257,9 +262,7 @@ class Engine:
             self.state = State.DOWN
             await self._reap(grace_s=0.0)
             raise
-        finally:
-            self._draining = draining
-        self.facts = ready.header
+        self.facts, self.state = ready.header, State.READY
         log.info("%s: ready, %s on %s", self.name, self.facts.get("variant"), self.facts.get("target"))
 
     async def _keep(self) -> None:

@@ -6,22 +6,27 @@ Who may ask at all is guard.py's, what is answered calls.py's.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import BaseModel
 
 from medcompile.errors import MedcompileError
 from medcompile.runtime.deadlines import Priority
-from medcompile.serve import replies, uploads
+from medcompile.serve import replies, uploads, wire
 from medcompile.serve.asked import Asked, Tally
-from medcompile.serve.calls import Answer, Call
+from medcompile.serve.cache import Question, ResponseCache
+from medcompile.serve.calls import Call
 from medcompile.serve.engine import Engine
 from medcompile.serve.engines import Engines
 from medcompile.serve.failures import Draining, QueueFull, TooLarge
 from medcompile.serve.metrics import EngineState, Metrics
+from medcompile.serve.scrubbing import Scrubbing
 from medcompile.serve.settings import Settings
 
 log = logging.getLogger("medcompile.serve")
@@ -34,12 +39,22 @@ _REASONS: Mapping[type[MedcompileError], str] = {QueueFull: "queue_full", Draini
 
 
 class Service:
-    """What all routes share."""
+    """What all routes share. connections: how many are open, where a server is there to tell."""
 
-    def __init__(self, settings: Settings, engines: Engines, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engines: Engines,
+        metrics: Metrics,
+        cache: ResponseCache | None = None,
+        scrubbing: Scrubbing | None = None,
+    ) -> None:
         self.settings = settings
         self.engines = engines
         self.metrics = metrics
+        self._cache = cache
+        self._scrubbing = scrubbing
+        self.connections: Callable[[], int] = lambda: 0
 
     async def answer(self, call: Call, request: Request) -> Response:
         """Whatever happens, a response: errors have OpenAI's shape."""
@@ -56,18 +71,50 @@ class Service:
         if isinstance(answer, AsyncGenerator):
             return replies.EventStream(answer, lambda error: self._stream_ended(asked, error))
         await self._ended(asked, 200)
-        return replies.document(answer)
+        return Response(answer, media_type=replies.JSON)
 
-    async def _made(self, call: Call, request: Request, asked: Asked) -> Answer:
+    async def _made(self, call: Call, request: Request, asked: Asked) -> bytes | AsyncGenerator[dict[str, Any], None]:
+        """The answer's document, or its pieces."""
         content = await uploads.read(request, multipart=call.url == UPLOADS)
         asked.files = content.files
-        return await call.run(self.engines, call.checked(content.body), asked)
+        body = call.checked(content.body)
+        key = self._key(call, body, asked)
+        if key and self._cache:
+            kept = await self._cache.get(key)
+            self.metrics.cache(kept is not None)
+            if kept is not None:
+                request.scope["state"]["cached"] = True
+                return kept
+        run = call.run if self._scrubbing is None else partial(self._scrubbing.run, call)
+        answer = await run(self.engines, body, asked)
+        if isinstance(answer, AsyncGenerator):
+            return answer
+        document = wire.dumps(answer)
+        if key and self._cache:
+            await self._cache.put(key, document)
+        return document
+
+    def _key(self, call: Call, body: BaseModel, asked: Asked) -> bytes | None:
+        """Under which the answer is kept, or None where it is not to be."""
+        if self._cache is None:
+            return None
+        told = body.model_dump(mode="json", by_alias=True)
+        if not self._cache.keeps(told, generates=call.generates):
+            return None
+        asked.tally.met(self.engines.get(told["model"]), 0)
+        told["files"] = [hashlib.sha256(file).hexdigest() for file in asked.files]
+        told["scrubbed"] = self._scrubbing is not None
+        tally = asked.tally
+        return self._cache.key(Question(tally.digest, tally.artifact, call.url, told, asked.caller))
 
     def _asked(self, request: Request) -> Asked:
-        state = request.scope.get("state", {})
+        """Who asks; the tally is put where trail.py looks for it."""
+        state = request.scope.setdefault("state", {})
         caller = state.get("caller")
         priority = request.headers.get("x-priority", Priority.ROUTINE).lower()
+        state["tally"] = tally = Tally()
         return Asked(
+            tally=tally,
             caller=str(getattr(caller, "name", "")),
             priority=priority if priority in set(Priority) else Priority.ROUTINE,
             request_id=str(state.get("request_id", "")),
@@ -98,6 +145,7 @@ class Service:
 
     async def watch(self) -> bytes:
         """The text of /metrics, with each worker asked how it is."""
+        self.metrics.connections(self.connections())
         for engine in self.engines:
             self.metrics.worker(engine.name, engine.ready)
             self.metrics.engine(engine.name, await _state(engine))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medcompile.serve.audit import Fsync
+from medcompile.serve.bodies import BodyLimits
+from medcompile.serve.connections import ConnectionLimits
+from medcompile.serve.guard import Rules
+
 
 @dataclass(frozen=True)
 class Model:
@@ -23,6 +28,7 @@ class Limits:
     """Of each model. queue: requests waiting or running; pending_bytes: of their bodies (images) together.
 
     timeout_s: from a request's arrival to its answer's end. items: texts, images or documents of one request.
+    start_s: for a bundle to load.
     """
 
     queue: int = 256
@@ -39,11 +45,56 @@ class Logging:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """Where the audit log is kept: see audit.AuditLog."""
+
+    folder: Path
+    key_file: Path | None = None
+    fsync: Fsync = "interval"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What keeps answers: see cache.ResponseCache. url: "memory", or a Redis. shared: between callers."""
+
+    url: str = "memory"
+    ttl_s: float = 3600.0
+    generations: bool = False
+    shared: bool = False
+    secret_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Scrub:
+    """Takes identifiers out of texts: see scrub.Scrubber. names_file: people to find, one a line."""
+
+    names_file: Path | None = None
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class Tls:
+    """client_ca: clients must show a certificate that it signed."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
-    """host, port: where to listen. drain_s: how long a stop waits for requests under way."""
+    """host, port: where to listen. drain_s: how long a stop waits for requests under way. key_file: who may ask."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     drain_s: float = 30.0
+    key_file: Path | None = None
+    tls: Tls | None = None
+    audit: Audit | None = None
+    cache: Cache | None = None
+    scrub: Scrub | None = None
+    rules: Rules = field(default_factory=Rules)
+    body: BodyLimits = field(default_factory=BodyLimits)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     logging: Logging = field(default_factory=Logging)
     limits: Limits = field(default_factory=Limits)

@@ -24,6 +24,9 @@ LEFT = 499
 QUIET = {"/health/live", "/health/ready", "/metrics"}
 """Routes that machines ask every few seconds: in the access log only where they failed."""
 
+_REFUSED = {401: "unauthorized", 403: "forbidden", 408: "timeout", 413: "too_large", 429: "rate_limit"}
+"""Why the guard turned a request away, before any route was found for it."""
+
 
 class Watch:
     """Put it inside of what sets the request id and outside of all else, refusals included."""
@@ -64,6 +67,8 @@ class Watch:
     def _tell(self, scope: Scope, seen: _Seen, seconds: float) -> None:
         cut = seen.left and not seen.ended
         status = LEFT if cut else seen.status
+        if "route" not in scope and status in _REFUSED:
+            self._metrics.refused(_REFUSED[status])
         route = str(getattr(scope.get("route"), "path", OTHER))
         self._metrics.request(scope["method"], route, status, seconds)
         if route in QUIET and status < 400:

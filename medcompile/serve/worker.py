@@ -1,4 +1,6 @@
-"""The process that runs one bundle: python -m medcompile.serve.worker FD, where FD is its socket to the server.
+"""The process that runs one bundle: python -m medcompile.serve.worker FD NAME.
+
+FD is its socket to the server; the model's name is there for whoever lists processes.
 
 It loads the bundle, says that it is ready, and answers what comes until the server is gone. The model's work is in
 worker_decoder.py and worker_encoder.py; here is what both need: reading requests, sending answers, telling errors.
