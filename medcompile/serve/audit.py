@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from medcompile.errors import AuditError, UsageError
 from medcompile.serve.chain import LONGEST_LINE, ZERO, Plain, files_of, line_of, verify
@@ -113,7 +113,7 @@ class AuditLog:
 
     def event(self, name: str, fields: Mapping[str, Plain] | None = None) -> None:
         """Add something that is no request: a start, keys that were read anew."""
-        self._write(name, fields or {})
+        self._write(name, {"about": dict(fields)} if fields else {})
 
     def close(self) -> None:
         with self._lock:
@@ -181,7 +181,7 @@ class AuditLog:
 
     # ---- writing
 
-    def _write(self, event: str, fields: Mapping[str, Plain]) -> None:
+    def _write(self, event: str, fields: Mapping[str, Any]) -> None:
         with self._lock:
             if self._closed.is_set():
                 raise AuditError("the audit log is closed", fix="start the server again")
@@ -194,7 +194,7 @@ class AuditLog:
         if self._policy == "interval":
             self._dirty.set()
 
-    def _put(self, event: str, fields: Mapping[str, Plain]) -> None:
+    def _put(self, event: str, fields: Mapping[str, Any]) -> None:
         """Write a record as a whole. Half a line, of a full disk, is taken back before the error is raised."""
         line, made = line_of(self._next, self._clock(), event, fields, self._hash, self._key)
         try:

@@ -26,7 +26,7 @@ _TAIL = b',"hash":"'
 
 
 def line_of(
-    number: int, now_s: float, event: str, fields: Mapping[str, Plain], before: str, key: bytes | None
+    number: int, now_s: float, event: str, fields: Mapping[str, Any], before: str, key: bytes | None
 ) -> tuple[bytes, str]:
     """A record as its line, and its hash. before: the hash of the record before it."""
     when = datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
