@@ -76,7 +76,7 @@ class Engine:
         self._process: subprocess.Popen[bytes] | None = None
         self._link: _Link | None = None
         self._lost = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         self._draining = False
 
     @property
@@ -118,7 +118,7 @@ class Engine:
     async def start(self) -> None:
         """Start the worker and wait until its model is loaded. Raises what load() raised there."""
         await self._spawn()
-        self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
+        self._keepers = [asyncio.create_task(self._keep()), asyncio.create_task(self._look_after())]
 
     async def ask(
         self,
@@ -170,9 +170,9 @@ class Engine:
     async def close(self) -> None:
         """End the worker; what is still under way gets WorkerDown."""
         self._draining, self.state = True, State.CLOSED
-        if self._keeper:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
         await self._reap(grace_s=5.0)
         self._fail_all()
 
@@ -251,6 +251,7 @@ class Engine:
         m = self.model
         told: dict[str, Any] = {"path": str(m.path), "backend": m.backend, "variant": m.variant}
         told |= {"threads": m.threads, "kv_blocks": m.kv_blocks, "name": self.name}
+        told["text_tokens"] = self._limits.text_tokens
         told |= {"log_level": self._logging.level, "log_json": self._logging.as_json}
         try:
             async with self._entered("load", told, b"", Priority.EMERGENCY, self._limits.start_s) as asked:
@@ -283,6 +284,15 @@ class Engine:
             except MedcompileError as error:
                 log.error("%s: could not be started again: %s", self.name, error.message)
                 self._lost.set()
+
+    async def _look_after(self) -> None:
+        """End a worker whose model hangs, so that it is started again."""
+        while True:
+            await asyncio.sleep(self._limits.stuck_s / 10)
+            busy_s = (await self.stats()).get("busy_for_s", 0.0)
+            if busy_s > self._limits.stuck_s and self._process:
+                log.error("%s: one run has taken %.0f s; the worker is ended", self.name, busy_s)
+                self._process.kill()
 
     def _died(self) -> None:
         if self.state is not State.CLOSED:

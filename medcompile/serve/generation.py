@@ -24,6 +24,8 @@ Answer = dict[str, Any] | AsyncGenerator[dict[str, Any], None]
 
 _SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _STOPS = 16
+ANSWERS = 256
+"""Of one request, at most: prompts times n."""
 
 
 @dataclass
@@ -111,8 +113,8 @@ async def _begun(
     engine, n = engines.get(body.model), body.n or 1
     if not prompts:
         raise BadRequest("no prompt", fix="send at least one", param="prompt")
-    if len(prompts) * n > engines.limits.items:
-        raise TooLarge(f"{len(prompts) * n} answers of one request; the limit is {engines.limits.items}", param="n")
+    if len(prompts) * n > ANSWERS:
+        raise TooLarge(f"{len(prompts) * n} answers of one request; the limit is {ANSWERS}", param="n")
     if body.stream_options and not body.stream:
         raise BadRequest("stream_options without stream", fix="set stream to true", param="stream_options")
     asked.tally.met(engine, len(prompts) * n)

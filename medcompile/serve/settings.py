@@ -28,14 +28,17 @@ class Limits:
     """Of each model. queue: requests waiting or running; pending_bytes: of their bodies (images) together.
 
     timeout_s: from a request's arrival to its answer's end. items: texts, images or documents of one request.
-    start_s: for a bundle to load.
+    text_tokens: of one text that an encoder takes, in as many windows as it needs. start_s: for a bundle to load.
+    stuck_s: one run of a model that takes longer hangs, and its process is ended.
     """
 
     queue: int = 256
     pending_bytes: int = 256 << 20
     timeout_s: float = 600.0
     items: int = 2048
+    text_tokens: int = 32_768
     start_s: float = 600.0
+    stuck_s: float = 300.0
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def main(descriptor: int) -> None:
     logs.configure(told["log_level"], as_json=told["log_json"], worker=told["name"])
     try:
         session = _loaded(told)
-        desk = _desk(session, line)
+        desk = _desk(session, line, told)
     except Exception as error:  # noqa: BLE001  # whatever keeps a bundle from loading is the server's to tell
         line.fail(number, error)
         return
@@ -116,14 +116,14 @@ def _loaded(told: Mapping[str, Any]) -> Session:
     )
 
 
-def _desk(session: Session, line: Line) -> Desk:
+def _desk(session: Session, line: Line, told: Mapping[str, Any]) -> Desk:
     if GENERATE in session.bundle.graphs:
         from medcompile.serve.worker_decoder import DecoderDesk
 
         return DecoderDesk(session, line)
     from medcompile.serve.worker_encoder import EncoderDesk
 
-    return EncoderDesk(session, line)
+    return EncoderDesk(session, line, told["text_tokens"])
 
 
 def unknown(op: str, session: Session) -> UsageError:

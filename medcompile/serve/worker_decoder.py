@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from medcompile.errors import MedcompileError
+from medcompile.errors import InputError, MedcompileError
 from medcompile.runtime.deadlines import Priority
 from medcompile.runtime.request import Chunk, Request
 from medcompile.runtime.sampling import Sampling, TokenLogprob
@@ -28,6 +28,8 @@ log = logging.getLogger("medcompile.serve.worker")
 
 TURNS: Mapping[str, int] = {Priority.EMERGENCY: 0, Priority.ROUTINE: 1, Priority.BACKGROUND: 2}
 """The generator's priorities: smaller goes first, and waiting makes up for it."""
+CHARACTERS = 64
+"""Of one token, at most."""
 
 
 @dataclass
@@ -65,7 +67,8 @@ class DecoderDesk(Desk):
         self._words = Words(self._text.tokenizer)
         self._changed = threading.Condition()
         self._jobs: dict[int, Job] = {}
-        self._sums = {"requests": 0, "busy_s": 0.0}
+        self._sums = {"busy_s": 0.0}
+        self._running_since_s: float | None = None
         self._warm_up()
         threading.Thread(target=self._drive, name="medcompile-steps", daemon=True).start()
 
@@ -75,7 +78,9 @@ class DecoderDesk(Desk):
     def stats(self) -> dict[str, Any]:
         with self._changed:
             jobs = len(self._jobs)
-        return {**asdict(self._generator.stats), **self._sums, "requests": jobs}
+        since_s = self._running_since_s
+        now = {"requests": jobs, "busy_for_s": time.monotonic() - since_s if since_s else 0.0}
+        return {**asdict(self._generator.stats), **self._sums, **now}
 
     def cancel(self, number: int) -> None:
         with self._changed:
@@ -91,6 +96,8 @@ class DecoderDesk(Desk):
         if h["op"] != "generate":
             raise unknown(h["op"], self._session)
         prompts, n = h["prompts"], h["n"]
+        for prompt in prompts:
+            self._check_size(prompt)
         job = Job(h["id"], h["stream"], time.monotonic(), len(prompts) * n)
         samplings = self._samplings(h["sampling"], n)
         try:
@@ -113,6 +120,19 @@ class DecoderDesk(Desk):
             self._jobs[job.number] = job
             self._changed.notify_all()
 
+    def _check_size(self, prompt: Any) -> None:
+        """Turn away what is beyond all windows before it is tokenized, which would keep the others waiting."""
+        size = (
+            len(prompt)
+            if isinstance(prompt, str)
+            else sum(len(str(m.get("content", ""))) for m in prompt if isinstance(m, dict))
+        )
+        if size > self._text.window * CHARACTERS:
+            raise InputError(
+                f"a prompt of {size} characters; the model's window is {self._text.window} tokens, answer included",
+                fix="shorten the prompt",
+            )
+
     def _samplings(self, asked: Mapping[str, Any], n: int) -> list[Sampling]:
         """One for each of n answers: with a seed each has its own, so that they differ, and are the same next time."""
         sampling = replace(self._text.sampling, **asked)
@@ -127,11 +147,12 @@ class DecoderDesk(Desk):
             with self._changed:
                 while not self._jobs:
                     self._changed.wait()
-            started_s = time.monotonic()
+            self._running_since_s = started_s = time.monotonic()
             try:
                 self._generator.step()
             except Exception as error:  # noqa: BLE001  # whose request it was can't be told, so it ends them all
                 self._fail_all(error)
+            self._running_since_s = None
             self._sums["busy_s"] += time.monotonic() - started_s
             self._tell()
 

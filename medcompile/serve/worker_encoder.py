@@ -1,31 +1,28 @@
 """Encoders in a worker: texts and images of many requests in common batches, by deadline and by length.
 
-The earliest due goes first (deadlines.py's patience for each priority, so that nothing starves), and takes those
-along that are about as long, because padding is work for nothing. One thread runs batches, one after the other, and
-a batch holds what is there when the one before ends: nobody waits for company. Texts are tokenized, and images
-decoded and resized, in threads meanwhile.
+Which items go together is lanes.py's. One thread runs batches, one after the other, and a batch holds what is there
+when the one before ends: nobody waits for company. Texts are tokenized, and images decoded and resized, meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcompile.errors import MedcompileError
+from medcompile.errors import InputError, MedcompileError
 from medcompile.runtime.deadlines import PATIENCES, Priority
 from medcompile.runtime.flow import default_threads
 from medcompile.runtime.session import Session
-from medcompile.runtime.text import BATCH_TOKENS, checked
+from medcompile.runtime.text import checked
 from medcompile.serve.frames import Frame
+from medcompile.serve.lanes import Item, Job, Waiting
 from medcompile.serve.worker import Desk, Line, unknown
 
 if TYPE_CHECKING:
@@ -37,48 +34,10 @@ Array = np.ndarray[Any, Any]
 
 PATIENCE_S = 30.0
 """How long routine requests let emergencies overtake; background ones, four times that."""
-BATCH = 64
-"""Items of a batch at most; the graph's own profile may cut it into several runs."""
-SHORTEST = 16
-"""Tokens that every text counts for when batches are made: below, a run's cost is hardly that of its tokens."""
-SLACK = 1.25
-"""How much longer than the shortest of its batch an item may be."""
+CHARACTERS = 16
+"""Of one token, at most: a text beyond that is too long before it is tokenized."""
 CLASSES_KEPT = 64
 """Sets of prompts whose embeddings are kept."""
-
-
-@dataclass
-class Job:
-    """A request: as many items as it has texts or images, answered together when the last is done."""
-
-    number: int
-    finish: Callable[[Job], None]
-    priority: str
-    arrived_s: float
-    answers: list[Any]
-    left: int
-    tokens: int = 0
-    batch: int = 0
-    started_s: float = 0.0
-    over: bool = False
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """For usage and metrics."""
-        return {"tokens": self.tokens, "batch": self.batch, "queued_s": max(0.0, self.started_s - self.arrived_s)}
-
-
-@dataclass(eq=False)
-class Item:
-    """One text, pair of texts, or image of a job. kind: items of one kind go through the same graph."""
-
-    job: Job
-    index: int
-    kind: str
-    value: Any
-    length: int
-    due_s: float
 
 
 @dataclass(frozen=True)
@@ -91,9 +50,11 @@ class Kind:
 
 
 class EncoderDesk(Desk):
-    """Text encoders, and towers of images and texts."""
+    """Text encoders, and towers of images and texts. text_tokens: of one text at most."""
 
-    def __init__(self, session: Session, line: Line) -> None:
+    def __init__(self, session: Session, line: Line, text_tokens: int) -> None:
+        self._text_tokens = text_tokens
+        self._running_since_s: float | None = None
         self._session = session
         self._line = line
         self._tasks = frozenset(session.bundle.tasks)
@@ -115,7 +76,10 @@ class EncoderDesk(Desk):
 
     def stats(self) -> dict[str, Any]:
         with self._changed:
-            return {**self._sums, "waiting": len(self._waiting), "requests": len(self._jobs)}
+            since_s = self._running_since_s
+            waiting = sum(not job.started_s for job in self._jobs.values())
+            now = {"waiting": waiting, "running": len(self._jobs) - waiting}
+            return {**self._sums, **now, "busy_for_s": time.monotonic() - since_s if since_s else 0.0}
 
     def cancel(self, number: int) -> None:
         with self._changed:
@@ -196,7 +160,7 @@ class EncoderDesk(Desk):
         items = []
         try:
             for index, (kind, value) in enumerate(wanted, first):
-                prepared, length = self._kinds[kind].prepare(value)
+                prepared, length = self._prepared(kind, value)
                 items.append(Item(job, index, kind, prepared, length, due_s))
         except Exception as error:  # noqa: BLE001  # in a thread of the pool nobody else would tell
             self._fail(job, error, index)
@@ -205,6 +169,18 @@ class EncoderDesk(Desk):
             for item in items:
                 self._waiting.add(item)
             self._changed.notify_all()
+
+    def _prepared(self, kind: str, value: Any) -> tuple[Any, int]:
+        """Raises InputError for a text that would keep the model from all others for too long."""
+        limit = self._text_tokens
+        if not self._kinds[kind].slow and _size(value) > limit * CHARACTERS:
+            raise InputError(
+                f"a text of {_size(value)} characters; {limit} tokens are the limit", fix="send it in parts"
+            )
+        prepared, length = self._kinds[kind].prepare(value)
+        if length > limit:
+            raise InputError(f"a text of {length} tokens; the limit is {limit}", fix="send it in parts")
+        return prepared, length
 
     def _fail(self, job: Job, error: BaseException, index: int = 0) -> None:
         with self._changed:
@@ -225,11 +201,12 @@ class EncoderDesk(Desk):
             with self._changed:
                 while not (batch := self._waiting.take()):
                     self._changed.wait()
-            started_s = time.monotonic()
+            self._running_since_s = started_s = time.monotonic()
             for item in batch:
                 item.job.started_s = item.job.started_s or started_s
             done = self._answer(batch)
             with self._changed:
+                self._running_since_s = None
                 self._sums["batches"] += 1
                 self._sums["items"] += len(batch)
                 self._sums["tokens"] += sum(i.length for i in batch)
@@ -338,55 +315,6 @@ class EncoderDesk(Desk):
                 list(self._kinds[name].run(["warm up"]))
         if "image" in self._kinds:
             self._session.embed_images(np.zeros((32, 32), np.uint8))
-
-
-class Waiting:
-    """Items in lanes of one kind, about one length and one priority, in the order of arrival. Not thread-safe."""
-
-    def __init__(self) -> None:
-        self._lanes: dict[tuple[str, int], dict[str, deque[Item]]] = {}
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def add(self, item: Item) -> None:
-        bucket = math.ceil(math.log(max(item.length, SHORTEST)) / math.log(SLACK))
-        lanes = self._lanes.setdefault((item.kind, bucket), {})
-        lanes.setdefault(item.job.priority, deque()).append(item)
-        self._count += 1
-
-    def take(self) -> list[Item]:
-        """The earliest due item and those that go with it, the earliest due of them first; [] where none waits."""
-        best: tuple[float, tuple[str, int]] | None = None
-        for key, lanes in list(self._lanes.items()):
-            heads = [lane[0].due_s for lane in lanes.values() if self._clean(lane)]
-            if not heads:
-                del self._lanes[key]
-            elif best is None or min(heads) < best[0]:
-                best = min(heads), key
-        if best is None:
-            return []
-        lanes = self._lanes[best[1]]
-        batch: list[Item] = []
-        while len(batch) < BATCH:
-            open_lanes = [lane for lane in lanes.values() if self._clean(lane)]
-            if not open_lanes:
-                break
-            lane = min(open_lanes, key=lambda lane: lane[0].due_s)
-            longest = max([lane[0].length, *(item.length for item in batch)])
-            if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
-                break
-            batch.append(lane.popleft())
-            self._count -= 1
-        return batch
-
-    def _clean(self, lane: deque[Item]) -> bool:
-        """Drop what nobody waits for any more from the front. Whether anything is left."""
-        while lane and lane[0].job.over:
-            lane.popleft()
-            self._count -= 1
-        return bool(lane)
 
 
 def _counted(text: TextAssets) -> Callable[[Any], tuple[Any, int]]:
