@@ -28,6 +28,7 @@ from medcompile.commands.options import AsJson
 from medcompile.commands.report import report
 from medcompile.commands.run import run
 from medcompile.commands.serve import serve
+from medcompile.commands.status import status
 from medcompile.commands.verify import verify
 from medcompile.errors import MedcompileError
 
@@ -85,6 +86,7 @@ app.command()(bench)
 app.add_typer(keys, name="keys")
 app.add_typer(audit, name="audit")
 app.command()(serve)
+app.command()(status)
 app.command()(batch)
 
 

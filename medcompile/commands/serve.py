@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,7 +91,9 @@ def serve(
         str, typer.Option(help="A spaCy model that finds names: its package or folder.", rich_help_panel=_SCRUB)
     ] = "",
     log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.", rich_help_panel=_WATCH)] = "INFO",
-    log_format: Annotated[str, typer.Option(help="json or plain.", rich_help_panel=_WATCH)] = "json",
+    log_format: Annotated[
+        str, typer.Option(help="auto (plain in a terminal), json or plain.", rich_help_panel=_WATCH)
+    ] = "auto",
 ) -> None:
     """Serve bundles over HTTP, as OpenAI's clients expect it: chat, completions, embeddings, rerank; and entities,
     classes, and matches of images and texts."""
@@ -104,7 +107,7 @@ def serve(
         raise BackendUnavailable(f"serving needs {error.name}", fix='pip install "medcompile[serve]"') from None
 
     _check("--log-level", log_level.upper(), ("DEBUG", "INFO", "WARNING", "ERROR"))
-    _check("--log-format", log_format, ("json", "plain"))
+    _check("--log-format", log_format, ("auto", "json", "plain"))
     _check_range("--port", port, 0, 65_535)
     _check_range("--queue", queue, 1, 1_000_000)
     _check_range("--timeout", timeout_s, 0.001, 1e7)
@@ -122,11 +125,11 @@ def serve(
         rules=Rules(origins=tuple(origin or ()), purpose_required=purpose_required),
         body=BodyLimits(bytes=body_mb << 20),
         connections=ConnectionLimits(most=connections),
-        logging=Logging(log_level.upper(), log_format == "json"),
+        logging=Logging(log_level.upper(), log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())),
         limits=Limits(queue=queue, timeout_s=timeout_s),
     )
     models = [_model(told, backend, variant, threads, kv_blocks) for told in bundles]
-    server.run(settings, models, _listening)
+    server.run(settings, models, _listening, _status if sys.stderr.isatty() else None)
 
 
 def _model(told: str, backend: str, variant: str, threads: int | None, kv_blocks: int | None) -> Model:
@@ -194,3 +197,7 @@ def _listening(url: str, engines: Engines) -> None:
         facts = engine.facts
         typer.echo(f"{engine.name}: {', '.join(engine.tasks)} · {facts['variant']} on {facts['target']}", err=True)
     typer.echo(f"{url}/v1 takes requests; {url}/openapi.json tells which", err=True)
+
+
+def _status(line: str) -> None:
+    typer.echo(line, err=True)

@@ -129,7 +129,8 @@ def _add_health(app: FastAPI, engines: Engines, service: Service) -> None:
     @app.get("/metrics", tags=["watching"])
     async def watched() -> Response:
         """Counters and times, as Prometheus reads them."""
-        return Response(await service.watch(), media_type=metrics.CONTENT_TYPE)
+        await service.look()
+        return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
 
 def _add_document(app: FastAPI, engines: Engines, *, with_keys: bool) -> None:

@@ -64,7 +64,7 @@ class Run:
 
 
 async def chat(engines: Engines, body: schemas.ChatRequest, asked: Asked) -> Answer:
-    """/v1/chat/completions."""
+    """/v1/chat/completions: answers to a conversation, by the model's own chat template."""
     _refuse(body, tools=body.tools, logit_bias=body.logit_bias)
     if body.modalities not in (None, ["text"]):
         raise NotSupported("modalities other than text", fix="leave it out", param="modalities")
@@ -81,7 +81,7 @@ async def chat(engines: Engines, body: schemas.ChatRequest, asked: Asked) -> Ans
 
 
 async def complete(engines: Engines, body: schemas.CompletionRequest, asked: Asked) -> Answer:
-    """/v1/completions."""
+    """/v1/completions: what follows texts or token ids, as they are."""
     _refuse(body, suffix=body.suffix, logit_bias=body.logit_bias)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise NotSupported("best_of other than n", fix="leave it out", param="best_of")

@@ -28,7 +28,9 @@ from medcompile.serve.keys import Keyring
 from medcompile.serve.private import no_dumps
 from medcompile.serve.scrub import Scrubber, read_names
 from medcompile.serve.scrubbing import Scrubbing
+from medcompile.serve.service import Service
 from medcompile.serve.settings import Model, Settings
+from medcompile.serve.status import Look, line
 from medcompile.serve.stores import store_at
 
 log = logging.getLogger("medcompile.serve")
@@ -36,19 +38,24 @@ log = logging.getLogger("medcompile.serve")
 KEEP_ALIVE_S = 75
 """Between two requests of one connection: longer than load balancers keep theirs, which must close first."""
 
+STATUS_S = 5.0
 Listening = Callable[[str, Engines], None]
 """Called once requests can come, with the server's URL."""
 
 
-def run(settings: Settings, models: Sequence[Model], listening: Listening) -> None:
+def run(
+    settings: Settings, models: Sequence[Model], listening: Listening, status: Callable[[str], None] | None = None
+) -> None:
     """Serve until a signal comes. Raises what keeps a bundle from loading, before any port is open."""
     no_dumps()
     logs.configure(settings.logging.level, as_json=settings.logging.as_json)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve(settings, models, listening))
+        runner.run(serve(settings, models, listening, status))
 
 
-async def serve(settings: Settings, models: Sequence[Model], listening: Listening) -> None:
+async def serve(
+    settings: Settings, models: Sequence[Model], listening: Listening, status: Callable[[str], None] | None = None
+) -> None:
     """Files are opened first, since they cost nothing; then models are loaded, then the port is opened."""
     warning = check_binding(settings.host, keys=settings.key_file is not None, tls=settings.tls is not None)
     if warning:
@@ -71,9 +78,24 @@ async def serve(settings: Settings, models: Sequence[Model], listening: Listenin
 
         door = Door(settings.connections)
         app.state.service.connections = door.__len__
+        telling = asyncio.create_task(_tell(app.state.service, status)) if status else None
         await _Server(config(settings, app, door), stop, told, safety.keyring).serve()
+        if telling:
+            telling.cancel()
         if safety.audit:
             safety.audit.event("stopped")
+
+
+async def _tell(service: Service, status: Callable[[str], None]) -> None:
+    """How the server fares, in one line, whenever something happened."""
+    before = Look.of(service.metrics.registry.collect())
+    while True:
+        await asyncio.sleep(STATUS_S)
+        await service.look()
+        now = Look.of(service.metrics.registry.collect())
+        if now.sum("medcompile_requests_total") != before.sum("medcompile_requests_total") or not before.series:
+            status(line(now, before))
+        before = now
 
 
 async def _safety(settings: Settings, open_things: AsyncExitStack) -> Safety:

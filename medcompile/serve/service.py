@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -53,6 +54,7 @@ class Service:
         self.engines = engines
         self.metrics = metrics
         self._cache = cache
+        self._restarts: Counter[str] = Counter()  # of each model's process, as told to the metrics
         self._scrubbing = scrubbing
         self.connections: Callable[[], int] = lambda: 0
 
@@ -143,13 +145,15 @@ class Service:
         if tally.model:
             _count(self.metrics, tally, asked.priority)
 
-    async def watch(self) -> bytes:
-        """The text of /metrics, with each worker asked how it is."""
+    async def look(self) -> None:
+        """Ask each worker how it is, for the metrics."""
         self.metrics.connections(self.connections())
         for engine in self.engines:
             self.metrics.worker(engine.name, engine.ready)
+            while self._restarts[engine.name] < engine.restarts:
+                self._restarts[engine.name] += 1
+                self.metrics.restarted(engine.name)
             self.metrics.engine(engine.name, await _state(engine))
-        return self.metrics.text()
 
 
 def _count(metrics: Metrics, tally: Tally, priority: str) -> None:

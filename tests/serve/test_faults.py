@@ -145,7 +145,7 @@ def test_a_bundle_that_can_not_be_loaded_keeps_the_server_from_starting(workshop
     artifact = next(broken.glob("artifacts/onnxruntime-cpu/fp32/**/*.onnx"))
     artifact.write_bytes(b"\0" + artifact.read_bytes()[1:])
     for arguments, words in (
-        ((broken, *ON_CPU), "sha256|digest|altered"),
+        ((broken, *ON_CPU), "differ from what bundle.json recorded"),
         ((tmp_path / "nothing",), "nothing"),
         ((workshop.bundle, workshop.bundle), "two bundles are named tiny"),
         ((workshop.bundle, "--host", "0.0.0.0"), "has no keys"),
@@ -185,3 +185,13 @@ def test_a_request_without_a_whole_body_or_with_odd_headers_harms_nobody(two: Se
             connection.sendall(raw)
     body: dict[str, Any] = {"model": "text", "input": "x"}
     assert two.post("/v1/embeddings", body).status_code == 200
+
+
+def test_status_tells_in_one_line_how_a_server_fares(two: Server) -> None:
+    two.post("/v1/embeddings", {"model": "text", "input": "x"})
+    done = command_line.spawn("status", two.url, "--seconds", 0.2)
+    assert done.returncode == 0, done.stderr
+    assert "2 models ready" in done.stdout
+    nobody = command_line.spawn("status", "http://127.0.0.1:9", "--seconds", 0.2)
+    assert nobody.returncode == 1
+    assert "fix:" in nobody.stderr
