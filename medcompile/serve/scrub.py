@@ -20,17 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
 
 from medcompile.errors import BackendUnavailable, InputError, UsageError
-from medcompile.serve import phi_patterns
 from medcompile.serve.phi_patterns import AGE, DATE, LINK, NUMBER, PERSON, PLACE
 
-if TYPE_CHECKING:
-    from presidio_analyzer import AnalyzerEngine, EntityRecognizer
-
-_TIMEOUT_S = 5.0
-"""Of one pattern on one text."""
 _LOWEST_SCORE = 0.35
 _KINDS = {
     "DATE_TIME": DATE,
@@ -42,9 +35,6 @@ _KINDS = {
     "MAC_ADDRESS": NUMBER,
     "IP_ADDRESS": "IP",
 }
-_OF_MODELS = ("PERSON", "LOCATION")
-"""What is taken from a language model; its dates are mostly durations ("two days"), which clinical text needs."""
-
 Finder = Callable[[str], Iterable[tuple[int, int, str]]]
 """Something else that finds identifiers: a text to (start, end, kind)."""
 
@@ -99,7 +89,13 @@ class Scrubber:
     """
 
     def __init__(self, *, names: Sequence[str] = (), model: str = "", finders: Sequence[Finder] = ()) -> None:
-        self._analyzer = _analyzer(names, model)
+        try:
+            from medcompile.serve.presidio import analyzer
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"scrubbing needs the package {error.name}", fix="pip install 'medcompile[scrub]'"
+            ) from error
+        self._analyzer = analyzer(names, model)
         self._finders = tuple(finders)
 
     def scrub(self, text: str) -> Scrubbed:
@@ -158,97 +154,6 @@ def read_names(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}", fix="give a text file in UTF-8, with one name a line") from None
     return tuple(name for line in lines if (name := line.strip()))
-
-
-# ---- presidio
-
-
-def _analyzer(names: Sequence[str], model: str) -> AnalyzerEngine:
-    try:
-        import presidio_analyzer  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailable(
-            "scrubbing needs the package presidio-analyzer", fix="pip install 'medcompile[scrub]'"
-        ) from error
-    from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
-    from presidio_analyzer.nlp_engine import NerModelConfiguration, NoOpNlpEngine, SpacyNlpEngine
-
-    models = [{"lang_code": "en", "model_name": model or "none"}]
-    registry = RecognizerRegistry(recognizers=_recognizers(names), supported_languages=["en"])
-    if not model:
-        engine: Any = NoOpNlpEngine(models=models)
-    else:
-        from presidio_analyzer.predefined_recognizers import SpacyRecognizer
-        from spacy.util import is_package
-
-        if not (is_package(model) or (Path(model) / "meta.json").exists()):
-            raise UsageError(f"no spaCy model {model!r} is installed", fix="install its package, or give its folder")
-        engine = SpacyNlpEngine(models=models, ner_model_configuration=NerModelConfiguration())
-        registry.add_recognizer(SpacyRecognizer(supported_entities=list(_OF_MODELS)))
-    engine.load()
-    return AnalyzerEngine(registry=registry, nlp_engine=engine, supported_languages=["en"])
-
-
-def _recognizers(names: Sequence[str]) -> list[EntityRecognizer]:
-    from presidio_analyzer import EntityRecognizer, Pattern, PatternRecognizer, RecognizerResult
-    from presidio_analyzer import predefined_recognizers as theirs
-
-    class InTime(EntityRecognizer):  # type: ignore[misc]
-        """A recognizer's patterns and checks, without its leaving out of a pattern that takes too long."""
-
-        timeout_s: ClassVar[float] = _TIMEOUT_S
-
-        def __init__(self, of: PatternRecognizer) -> None:
-            import regex
-
-            self._of = of
-            self._compiled = [(p.score, regex.compile(p.regex, flags=of.global_regex_flags)) for p in of.patterns]
-            super().__init__(supported_entities=of.supported_entities, name=f"{of.name}_{id(of)}")
-
-        def load(self) -> None: ...
-
-        def analyze(self, text: str, entities: Sequence[str], nlp_artifacts: object = None) -> list[RecognizerResult]:
-            found = []
-            for score, compiled in self._compiled:
-                for match in compiled.finditer(text, timeout=self.timeout_s):
-                    good = self._of.validate_result(match[0])
-                    if not match[0] or good is False or self._of.invalidate_result(match[0]):
-                        continue
-                    found.append(RecognizerResult(self.supported_entities[0], *match.span(), 1.0 if good else score))
-            return found
-
-    def ours(kind: str, patterns: Sequence[str], flags: int) -> PatternRecognizer:
-        made = [Pattern(f"{kind} {number}", pattern, 0.9) for number, pattern in enumerate(patterns)]
-        return PatternRecognizer(kind, name=f"ours {kind}", patterns=made, global_regex_flags=flags)
-
-    import regex
-
-    exact = regex.MULTILINE | regex.V1
-    held = [ours(kind, patterns, exact) for kind, patterns in phi_patterns.EXACT.items()]
-    email = PatternRecognizer("EMAIL_ADDRESS", patterns=theirs.EmailRecognizer.PATTERNS)  # its check goes to the net
-    held += [
-        email,
-        theirs.DateRecognizer(),
-        theirs.UsSsnRecognizer(),
-        theirs.IpRecognizer(),
-        theirs.MacAddressRecognizer(),
-    ]
-    held += [theirs.CreditCardRecognizer(), theirs.NhsRecognizer()]
-    if names:
-        whole = "|".join(_spelled(name) for name in sorted(set(names), key=len, reverse=True))
-        held.append(ours(PERSON, [rf"(?i)(?<![\p{{L}}\d])(?:{whole})(?:['’]s)?(?![\p{{L}}\d])"], exact))
-    return [*(InTime(one) for one in held), theirs.PhoneRecognizer()]
-
-
-def _spelled(name: str) -> str:
-    """A name as notes write it: with any space between its words, and with last and first name turned about."""
-    import regex
-
-    words = [regex.escape(word) for word in name.replace(",", " ").split()]
-    forms = [r"\s+".join(words)]
-    if len(words) > 1:
-        forms.append(rf"{words[-1]}\s*,\s*" + r"\s+".join(words[:-1]))
-    return "|".join(forms)
 
 
 KINDS = (PERSON, DATE, PLACE, NUMBER, AGE, LINK, "EMAIL", "PHONE", "IP")
