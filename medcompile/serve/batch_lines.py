@@ -10,6 +10,7 @@ error with a code, without a response; its words never quote the line.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,32 +89,45 @@ def parsed(record: Record, urls: Collection[str]) -> Request | Refused:
 
 
 def answer_line(its_id: str, request: Request, answered: Answered) -> bytes:
-    head = orjson.dumps(
-        {"id": its_id, "custom_id": request.custom_id, "response": None, "error": None}
-        | {"response": {"status_code": answered.status, "request_id": request_id(its_id), "body": 0}}
-    )
-    before, after = head.rsplit(b'"body":0', 1)
-    return b'%b"body":%b%b\n' % (before, answered.body, after)
+    """The line of a request that was made. its_id: of this batch and this place in it."""
+    head = orjson.dumps({"status_code": answered.status, "request_id": request_id(its_id)})
+    custom_id = orjson.dumps(request.custom_id)
+    rest = b'"custom_id":%b,"response":%b,"body":%b},"error":null}\n' % (custom_id, head[:-1], answered.body)
+    return _sealed(its_id, rest)
+
+
+def refused_line(its_id: str, refused: Refused) -> bytes:
+    error = {"code": refused.code, "message": refused.message}
+    told = orjson.dumps({"custom_id": refused.custom_id, "response": None, "error": error})
+    return _sealed(its_id, told[1:] + b"\n")
 
 
 def request_id(its_id: str) -> str:
     return its_id.removeprefix("batch_")
 
 
-def refused_line(its_id: str, refused: Refused) -> bytes:
-    error = {"code": refused.code, "message": refused.message}
-    return orjson.dumps({"id": its_id, "custom_id": refused.custom_id, "response": None, "error": error}) + b"\n"
-
-
 def check(line: bytes, its_id: str, custom_id: str | None) -> bool | None:
     """Whether a line that an earlier run left tells an error; None if it is not whole, or another record's."""
-    try:
-        found = orjson.loads(line)
-        if found["id"] != its_id or found["custom_id"] != custom_id:
-            return None
-        return found["error"] is not None or found["response"]["status_code"] >= 400
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    head = b'{"id":"%b_' % its_id.encode()
+    seal, rest = line[len(head) : len(head) + _SEAL + 2], line[len(head) + _SEAL + 2 :]
+    if not line.startswith(head) or seal != _seal(rest) + b'",':
         return None
+    found = orjson.loads(line)
+    if found["custom_id"] != custom_id:
+        return None
+    return found["error"] is not None or bool(found["response"]["status_code"] >= 400)
+
+
+_SEAL = 8
+
+
+def _seal(rest: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(rest)
+
+
+def _sealed(its_id: str, rest: bytes) -> bytes:
+    """The line, whose id ends with a checksum of all that follows it."""
+    return b'{"id":"%b_%b",%b' % (its_id.encode(), _seal(rest), rest)
 
 
 def digest(custom_id: str | None, number: int) -> bytes:

@@ -5,8 +5,8 @@ killed run loses and doubles nothing:
 - Line n of the part answers record n, always; so the number of whole lines says which record comes next.
 - A line of the journal (a Mark) is written after what it counts was flushed to the disk, and bears a checksum. So the
   last whole mark is true, even after a power cut.
-- Lines after that mark are kept only one by one while each is whole and bears the id that its place demands; the rest,
-  such as a torn last line, is cut off before anything is added.
+- Lines after that mark are kept only one by one while each is whole, by the checksum in it, and bears the id that its
+  place demands; the rest, such as a torn last line, is cut off before anything is added.
 - OUT appears by one rename, once every record has its line.
 A lock on the journal keeps a second run away. Where answers come from is batch.py's.
 """
