@@ -1,6 +1,7 @@
 """What the search finds inside each margin, and whether a published alternative inside it would have been faster.
 
-    python benchmarks/budget_search.py search FOLDER --models MODELS --data DATA [--only NAME] [--objective size]
+    python benchmarks/budget_search.py search FOLDER --models MODELS --data DATA [--only NAME] [--margin 0.01 ...]
+                                       [--objective size]
     python benchmarks/budget_search.py plain FOLDER --models MODELS --data DATA --only minilm-ner
     python benchmarks/budget_search.py compare FOLDER --data DATA [--only minilm-ner] [--cpus 0] [--rounds 15]
     python benchmarks/budget_search.py table FOLDER [--out benchmarks/results/budget_search.md]
@@ -52,8 +53,8 @@ def how(model: Model, places: Places, objective: str) -> list[str]:
     return ["variants=null", f"optimize={objective}", tuning(model, places)]
 
 
-def search_all(model: Model, places: Places, objective: str) -> None:
-    for margin in model.margins:
+def search_all(model: Model, places: Places, objective: str, only: list[float]) -> None:
+    for margin in [m for m in model.margins if not only or m in only]:
         out = searched(model, places, margin, objective)
         if (out / bundle.MANIFEST).is_file():
             continue
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--objective", choices=("latency", "size", "throughput"), default="latency")
+    parser.add_argument("--margin", nargs="+", type=float, default=[], help="these of a model's margins alone")
     parser.add_argument("--cpus", type=int, nargs="+", default=[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path)
@@ -192,7 +194,7 @@ def main() -> None:
             given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     for model in models:
         if given.step == "search":
-            search_all(model, places, given.objective)
+            search_all(model, places, given.objective, given.margin)
         elif given.step == "plain":
             plain_all(model, places, given.objective)
         elif given.step == "compare":
