@@ -6,6 +6,7 @@ An answer that is streamed is told after each step, all answers of a step in one
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -30,6 +31,16 @@ TURNS: Mapping[str, int] = {Priority.EMERGENCY: 0, Priority.ROUTINE: 1, Priority
 """The generator's priorities: smaller goes first, and waiting makes up for it."""
 CHARACTERS = 64
 """Of one token, at most."""
+SCHEMA_WORDS = frozenset(
+    {
+        *("$ref", "$defs", "definitions", "type", "enum", "const", "properties", "required", "additionalProperties"),
+        *("patternProperties", "propertyNames", "minProperties", "maxProperties", "items", "prefixItems", "contains"),
+        *("minItems", "maxItems", "uniqueItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum"),
+        *("exclusiveMinimum", "exclusiveMaximum", "multipleOf", "anyOf", "allOf", "oneOf", "not", "if", "then", "else"),
+        *("unevaluatedProperties", "dependentSchemas", "dependentRequired", "unsatisfiable", "recursive", "regex"),
+    }
+)
+"""Words of JSON Schema, and of what is said about one."""
 
 
 @dataclass
@@ -63,6 +74,8 @@ class DecoderDesk(Desk):
         self._session = session
         self._generator = session.generator
         self._text = session.generator.text
+        template = session.bundle.root / "assets" / "chat_template.jinja"
+        self._template = template.read_text(encoding="utf-8") if template.is_file() else ""
         self._line = line
         self._words = Words(self._text.tokenizer)
         self._changed = threading.Condition()
@@ -107,9 +120,11 @@ class DecoderDesk(Desk):
                         prompt, sampling, priority=TURNS[h["priority"]], cache_salt=h["salt"]
                     )
                     job.tickets.append(Ticket(job, p * n + i, request))
-        except Exception:
+        except Exception as error:
             for ticket in job.tickets:
                 self._generator.cancel(ticket.request)
+            if isinstance(error, InputError):
+                raise discreet(error, self._template) from None
             raise
         told: dict[str, Any] = {"id": job.number, "more": True}
         told["prompt_tokens"] = [t.request.sequence.prompt_length for t in job.tickets[::n]]
@@ -230,6 +245,20 @@ class DecoderDesk(Desk):
     def _warm_up(self) -> None:
         """A first step, in which libraries make what they make once."""
         self._generator.generate([[0]], Sampling(max_tokens=1, ignore_eos=True))
+
+
+def discreet(error: InputError, template: str) -> InputError:
+    """The error without what was sent: a schema, an expression or a conversation may hold a name.
+
+    Of a chat template's refusal its own words are kept, of a schema's the keywords that it is about.
+    """
+    what, colon, why = error.message.partition(": ")
+    if not colon or not what.startswith(("response_format", "the chat template")):
+        return error
+    if what.startswith("the chat template"):
+        return InputError(f"{what}: {why}" if why in template else what, fix=error.fix)
+    about = sorted(word for word in SCHEMA_WORDS if re.search(rf"\b{re.escape(word)}\b", why))
+    return InputError(f"{what}; look at: {', '.join(about)}" if about else what, fix=error.fix)
 
 
 class Words:
