@@ -241,3 +241,23 @@ def test_a_run_that_is_cancelled_keeps_what_was_answered(tmp_path: Path) -> None
     made = batches.run(path, out)
     assert made is not None and made.new <= 40
     batches.check(path, out)
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_disk_that_is_really_full_ends_the_run_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    path = batches.write(tmp_path / "in.jsonl", 3000)
+    run = f"{sys.executable} -m tests.serve.batches {path} {disk}/out.jsonl"
+    script = f"""
+        mount -t tmpfs -o size=256k tmpfs {disk} || exit 77
+        {run} 2> {tmp_path}/told && exit 9
+        mount -o remount,size=64m {disk}
+        {run} && cp {disk}/* {tmp_path}/
+    """
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode in (1, 77) and not (tmp_path / "told").exists():
+        pytest.skip("no file system can be mounted here")
+    assert done.returncode == 0
+    assert "No space left on device" in (tmp_path / "told").read_text()
+    batches.check(path, tmp_path / "out.jsonl")
