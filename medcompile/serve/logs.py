@@ -33,7 +33,7 @@ FIELDS = frozenset(
         *("method", "route", "status", "seconds", "received_bytes", "sent_bytes", "key", "client", "cut"),
         *("model", "digest", "variant", "target", "worker", "pid", "exit", "attempt", "wait_s", "in_flight", "reason"),
         *("host", "port", "tls", "keys", "bundles", "version", "signal", "requests", "lines", "failed", "error"),
-        *("path", "priority", "prompt_tokens", "generated_tokens", "items"),
+        *("url", "priority", "prompt_tokens", "generated_tokens", "items"),
     }
 )
 _LONGEST = 200
@@ -71,7 +71,7 @@ def event(name: str, fields: Mapping[str, Field] | None = None, *, level: int = 
 
 def access(one: Access) -> None:
     fields = asdict(one) | {"seconds": round(one.seconds, 6)}
-    event("request", {key: value for key, value in fields.items() if value not in ("", False)})
+    event("request", {key: value for key, value in fields.items() if value != "" and value is not False})
 
 
 @contextmanager

@@ -111,11 +111,13 @@ def test_an_app_that_fails_is_a_500_and_the_error_goes_on(metrics: Metrics) -> N
 
 def test_a_path_that_no_route_takes_is_told_nowhere(metrics: Metrics, accesses: Any) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["path"] == f"/v1/{PLANTED}"
         await send({"type": "http.response.start", "status": 404, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     Client(f"/v1/{PLANTED}").through(app, metrics)
     assert count(metrics, "404", "other") == 1
+    assert accesses()[0]["received_bytes"] == accesses()[0]["sent_bytes"] == 0
     assert PLANTED not in json.dumps(accesses()) + metrics.text().decode()
 
 
