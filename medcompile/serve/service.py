@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from medcompile.errors import MedcompileError
 from medcompile.runtime.deadlines import Priority
@@ -23,7 +24,6 @@ from medcompile.serve import replies, uploads, wire
 from medcompile.serve.asked import Asked, Tally
 from medcompile.serve.cache import Question, ResponseCache
 from medcompile.serve.calls import Call
-from medcompile.serve.engine import Engine
 from medcompile.serve.engines import Engines
 from medcompile.serve.failures import Draining, QueueFull, TooLarge
 from medcompile.serve.metrics import EngineState, Metrics
@@ -54,6 +54,7 @@ class Service:
         self.engines = engines
         self.metrics = metrics
         self._cache = cache
+        self._sizes: dict[str, Counter[int]] = {}
         self._restarts: Counter[str] = Counter()  # of each model's process, as told to the metrics
         self._scrubbing = scrubbing
         self.connections: Callable[[], int] = lambda: 0
@@ -62,8 +63,9 @@ class Service:
         """Whatever happens, a response: errors have OpenAI's shape."""
         asked = self._asked(request)
         try:
-            answer = await replies.while_connected(request.receive, self._made(call, request, asked))
-        except replies.ClientLeft:
+            content = await uploads.read(request, multipart=call.url == UPLOADS)
+            answer = await replies.while_connected(request.receive, self._made(call, content, request, asked))
+        except (replies.ClientLeft, ClientDisconnect):
             await self._ended(asked, LEFT)
             return Response(status_code=LEFT)
         except Exception as error:  # noqa: BLE001  # the client gets a Fault, the log the place
@@ -75,9 +77,10 @@ class Service:
         await self._ended(asked, 200)
         return Response(answer, media_type=replies.JSON)
 
-    async def _made(self, call: Call, request: Request, asked: Asked) -> bytes | AsyncGenerator[dict[str, Any], None]:
+    async def _made(
+        self, call: Call, content: uploads.Content, request: Request, asked: Asked
+    ) -> bytes | AsyncGenerator[dict[str, Any], None]:
         """The answer's document, or its pieces."""
-        content = await uploads.read(request, multipart=call.url == UPLOADS)
         asked.files = content.files
         body = call.checked(content.body)
         key = self._key(call, body, asked)
@@ -153,7 +156,20 @@ class Service:
             while self._restarts[engine.name] < engine.restarts:
                 self._restarts[engine.name] += 1
                 self.metrics.restarted(engine.name)
-            self.metrics.engine(engine.name, await _state(engine))
+            told = await engine.stats()
+            if not told:  # down, or too busy to say: what it counted last stands
+                continue
+            self.metrics.engine(engine.name, _state(told, engine.resident_bytes))
+            self._count_batches(engine.name, Counter({int(n): k for n, k in told.get("sizes", {}).items()}))
+
+    def _count_batches(self, model: str, sizes: Counter[int]) -> None:
+        """sizes: how many batches of each size there were since the worker began, which may be anew."""
+        before = self._sizes.get(model, Counter())
+        if not sizes >= before:
+            before = Counter()
+        self._sizes[model] = sizes
+        for size in (sizes - before).elements():
+            self.metrics.batch(model, size)
 
 
 def _count(metrics: Metrics, tally: Tally, priority: str) -> None:
@@ -163,20 +179,20 @@ def _count(metrics: Metrics, tally: Tally, priority: str) -> None:
         metrics.queued(model, priority, tally.queued_s)
     if tally.batch is not None:
         metrics.items(model, tally.items)
+        metrics.batch(model, tally.batch)
     if tally.first_token_s is not None:
         metrics.first_token(model, tally.first_token_s)
         if tally.decode_s and tally.tokens_out > tally.items:
             metrics.output_token(model, tally.decode_s * tally.items / (tally.tokens_out - tally.items))
 
 
-async def _state(engine: Engine) -> EngineState:
-    told: Mapping[str, Any] = await engine.stats()
+def _state(told: Mapping[str, Any], resident_bytes: int) -> EngineState:
     return EngineState(
         waiting=int(told.get("waiting", 0)),
         running=int(told.get("running", 0)),
         kv_blocks=int(told.get("blocks", 0)),
         kv_blocks_used=int(told.get("blocks", 0)) - int(told.get("free_blocks", 0)),
-        resident_bytes=engine.resident_bytes,
+        resident_bytes=resident_bytes,
         preemptions=int(told.get("preemptions", 0)),
         steps=int(told.get("steps", told.get("batches", 0))),
         computed_tokens=int(told.get("computed", 0)),

@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -81,6 +82,7 @@ class DecoderDesk(Desk):
         self._changed = threading.Condition()
         self._jobs: dict[int, Job] = {}
         self._sums = {"busy_s": 0.0}
+        self._sizes: Counter[int] = Counter()  # requests in a step
         self._running_since_s: float | None = None
         self._warm_up()
         threading.Thread(target=self._drive, name="medcompile-steps", daemon=True).start()
@@ -92,7 +94,8 @@ class DecoderDesk(Desk):
         with self._changed:
             jobs = len(self._jobs)
         since_s = self._running_since_s
-        now = {"requests": jobs, "busy_for_s": time.monotonic() - since_s if since_s else 0.0}
+        now: dict[str, Any] = {"requests": jobs, "busy_for_s": time.monotonic() - since_s if since_s else 0.0}
+        now["sizes"] = dict(self._sizes)
         return {**asdict(self._generator.stats), **self._sums, **now}
 
     def cancel(self, number: int) -> None:
@@ -168,6 +171,7 @@ class DecoderDesk(Desk):
             except Exception as error:  # noqa: BLE001  # whose request it was can't be told, so it ends them all
                 self._fail_all(error)
             self._running_since_s = None
+            self._sizes[max(1, self._generator.stats.running)] += 1
             self._sums["busy_s"] += time.monotonic() - started_s
             self._tell()
 

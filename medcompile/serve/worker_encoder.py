@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -54,6 +55,7 @@ class EncoderDesk(Desk):
 
     def __init__(self, session: Session, line: Line, text_tokens: int) -> None:
         self._text_tokens = text_tokens
+        self._sizes: Counter[int] = Counter()  # of batches
         self._running_since_s: float | None = None
         self._session = session
         self._line = line
@@ -79,7 +81,12 @@ class EncoderDesk(Desk):
             since_s = self._running_since_s
             waiting = sum(not job.started_s for job in self._jobs.values())
             now = {"waiting": waiting, "running": len(self._jobs) - waiting}
-            return {**self._sums, **now, "busy_for_s": time.monotonic() - since_s if since_s else 0.0}
+            return {
+                **self._sums,
+                **now,
+                "sizes": dict(self._sizes),
+                "busy_for_s": time.monotonic() - since_s if since_s else 0.0,
+            }
 
     def cancel(self, number: int) -> None:
         with self._changed:
@@ -208,6 +215,7 @@ class EncoderDesk(Desk):
             with self._changed:
                 self._running_since_s = None
                 self._sums["batches"] += 1
+                self._sizes[len(batch)] += 1
                 self._sums["items"] += len(batch)
                 self._sums["tokens"] += sum(i.length for i in batch)
                 self._sums["busy_s"] += time.monotonic() - started_s
