@@ -54,15 +54,16 @@ def batch(
         from medcompile.serve import logs, private
         from medcompile.serve.batch_calls import LIMITS
         from medcompile.serve.engines import Engines
-        from medcompile.serve.settings import Model
+        from medcompile.serve.settings import Logging, Model
         from medcompile.serve.spool import Spool
     except ImportError as error:
         raise BackendUnavailable(f"batches need {error.name}", fix='pip install "medcompile[serve]"') from None
 
     private.no_dumps()
-    logs.configure("WARNING", as_json=False)
+    logging = Logging("WARNING", as_json=False)
+    logs.configure(logging.level, as_json=logging.as_json)
     models = [Model(path, name, backend, variant, threads, kv_blocks) for name, path in map(named_bundle, bundles)]
-    engines = Engines(models, LIMITS)
+    engines = Engines(models, LIMITS, logging)
     source, wanted = _source(file, out, engines, column, task, prompt or [])
     about = {
         "input": source.identity(),

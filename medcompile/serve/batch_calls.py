@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from medcompile.serve import failures, logs, wire
 from medcompile.serve.asked import Asked
 from medcompile.serve.batch_lines import Answered, Request
 from medcompile.serve.calls import CALLS
-from medcompile.serve.engine import Engine, State
+from medcompile.serve.engine import Engine
 from medcompile.serve.engines import Engines
 from medcompile.serve.files import Folder
 from medcompile.serve.settings import Limits
@@ -22,7 +21,6 @@ LIMITS = Limits(queue=8192, timeout_s=3600.0)
 """Lines of engines that only a batch asks: it bounds by itself what is in flight. A request that hangs ends at last."""
 BACK_S = 300.0
 """How long a model's process may take to come back before the batch is given up."""
-LOOK_S = 0.05
 
 log = logging.getLogger("medcompile.serve")
 
@@ -52,14 +50,16 @@ class Calls:
     async def ready(self, request: Request) -> None:
         """Wait for a model's process that is being started again. Raises MedcompileError if it does not come back."""
         engine = self._engine(request.body)
-        until_s = time.monotonic() + BACK_S
-        while engine is not None and engine.state is not State.READY:
-            if time.monotonic() > until_s:
-                raise MedcompileError(
-                    f"{engine.name} has not come back for {BACK_S:.0f} s",
-                    fix="see above what ended its process; the same command goes on where this one ended",
-                )
-            await asyncio.sleep(LOOK_S)
+        if engine is None or engine.ready:
+            return
+        try:
+            async with asyncio.timeout(BACK_S):
+                await engine.until_ready()
+        except TimeoutError:
+            raise MedcompileError(
+                f"{engine.name} has not come back for {BACK_S:.0f} s",
+                fix="see above what ended its process; the same command goes on where this one ended",
+            ) from None
 
     def _engine(self, body: Mapping[str, Any]) -> Engine | None:
         """None for a model that is not here, which the call will tell."""
