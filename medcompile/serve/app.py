@@ -10,6 +10,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from medcompile import __version__
 from medcompile.serve import failures, metrics, openapi, replies
@@ -90,12 +92,22 @@ def _surround(app: FastAPI, settings: Settings, safety: Safety, counted: Metrics
     app.add_middleware(Entrance)
 
 
+class _CallRoute(Route):
+    """A call's route, without what FastAPI does to bodies and answers: both are dealt with in service.py.
+
+    It tells the scope which route it is, as FastAPI's do.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self} if match is not Match.NONE else found
+
+
 def _add_call(app: FastAPI, call: Call, service: Service) -> None:
     async def route(request: Request) -> Response:
         return await service.answer(call, request)
 
-    told = " ".join((call.run.__doc__ or "").partition(":")[2].split())
-    app.post(call.url, name=call.run.__name__, description=told, tags=["models"])(route)
+    app.router.routes.append(_CallRoute(call.url, route, methods=["POST"], name=call.run.__name__))
 
 
 def _add_models(app: FastAPI, engines: Engines) -> None:

@@ -44,15 +44,17 @@ def document(app: FastAPI, engines: Engines, *, with_keys: bool) -> dict[str, An
     every: list[type[BaseModel]] = [*(call.body for call in CALLS.values()), *ANSWERS.values(), *_SHARED]
     names, told = models_json_schema([(model, "validation") for model in every], ref_template=_REF)
     made.setdefault("components", {})["schemas"] = told["$defs"]
+    paths: dict[str, Any] = {}
     for call in CALLS.values():
         model = next((e for e in engines if fits(call, e)), None)
-        made["paths"][call.url]["post"] |= _operation(call, names[call.body, "validation"]["$ref"], model)
+        paths[call.url] = {"post": _operation(call, names[call.body, "validation"]["$ref"], model)}
         _name_model(told["$defs"][call.body.__name__], model)
     for path, item in made["paths"].items():
         for operation in item.values():
             answer = _plain_answer(path)
             if answer:
                 operation["responses"] = {"200": _json("The answer.", _REF.format(model=answer)), **_errors("404")}
+    made["paths"] = paths | made["paths"]
     if with_keys:
         made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         made["security"] = [{"key": []}]
@@ -80,6 +82,10 @@ def _operation(call: Call, ref: str, model: Engine | None) -> dict[str, Any]:
     if call.generates:
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return {
+        "tags": ["models"],
+        "summary": call.run.__name__.capitalize(),
+        "operationId": call.run.__name__,
+        "description": " ".join((call.run.__doc__ or "").partition(":")[2].split()),
         "requestBody": {"required": True, "content": bodies},
         "responses": responses,
         "parameters": [

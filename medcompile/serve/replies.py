@@ -21,6 +21,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 DONE = b"data: [DONE]\n\n"
 JSON = "application/json"
+UNWATCHED_S = 0.02
+"""So long the client is not watched: what is answered sooner is not worth it."""
 _QUIET_S = 15.0
 """After so long without a word a stream says that it is alive, for proxies that cut silent connections."""
 
@@ -39,14 +41,19 @@ def failure(error: BaseException) -> Response:
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What work returns. It is cancelled when the client leaves, and ClientLeft raised."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    task = asyncio.ensure_future(work)
+    gone: asyncio.Future[None] | None = None
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task}, timeout=UNWATCHED_S)
+        if not task.done():
+            gone = asyncio.ensure_future(_gone(receive))
+            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientLeft
     finally:
-        gone.cancel()
+        if gone:
+            gone.cancel()
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
