@@ -100,7 +100,10 @@ class Metrics:
             "medcompile_queue_seconds", "From arrival until the model began.", ("model", "priority"), _QUEUE_S
         )
         self._batch = self._histogram(
-            "medcompile_batch_size", "Items in the batch that a request went through.", ("model",), _BATCH
+            "medcompile_batch_size",
+            "Items in one run of an encoder, requests in one step of a decoder.",
+            ("model",),
+            _BATCH,
         )
         self._items = self._counter("medcompile_items_total", "Texts and images that encoders answered.", ("model",))
         self._prompt = self._counter("medcompile_prompt_tokens_total", "Tokens of prompts and texts.", ("model",))
@@ -175,7 +178,7 @@ class Metrics:
         self._queue.labels(self._known(model), known).observe(seconds)
 
     def batch(self, model: str, size: int) -> None:
-        """A request went through the model in a batch of so many items, its own and others'."""
+        """One run of an encoder over so many items, or one step of a decoder for so many requests."""
         self._batch.labels(self._known(model)).observe(size)
 
     def items(self, model: str, count: int) -> None:

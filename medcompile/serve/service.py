@@ -179,7 +179,6 @@ def _count(metrics: Metrics, tally: Tally, priority: str) -> None:
         metrics.queued(model, priority, tally.queued_s)
     if tally.batch is not None:
         metrics.items(model, tally.items)
-        metrics.batch(model, tally.batch)
     if tally.first_token_s is not None:
         metrics.first_token(model, tally.first_token_s)
         if tally.decode_s and tally.tokens_out > tally.items:
