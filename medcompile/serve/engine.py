@@ -286,13 +286,19 @@ class Engine:
                 self._lost.set()
 
     async def _look_after(self) -> None:
-        """End a worker whose model hangs, so that it is started again."""
+        """End a worker that hangs, in its model or altogether, so that it is started again."""
+        limit_s = self._limits.stuck_s
+        heard_s = time.monotonic()
         while True:
-            await asyncio.sleep(self._limits.stuck_s / 10)
-            busy_s = (await self.stats()).get("busy_for_s", 0.0)
-            if busy_s > self._limits.stuck_s and self._process:
-                log.error("%s: one run has taken %.0f s; the worker is ended", self.name, busy_s)
+            await asyncio.sleep(limit_s / 10)
+            told = await self.stats()
+            if told or self.state is not State.READY:
+                heard_s = time.monotonic()
+            hangs_s = max(told.get("busy_for_s", 0.0), time.monotonic() - heard_s)
+            if hangs_s > limit_s and self._process:
+                log.error("%s: no sign of life for %.0f s; the worker is ended", self.name, hangs_s)
                 self._process.kill()
+                heard_s = time.monotonic()
 
     def _died(self) -> None:
         if self.state is not State.CLOSED:
