@@ -1,6 +1,6 @@
 """Servers for the benchmarks, each a process of its own: ours, transformers behind the same HTTP, llama.cpp's.
 
-`python benchmarks/serve_process.py transformers CHECKPOINT PORT` is the second of them: FastAPI and uvicorn with the
+`python benchmarks/serve_process.py transformers CHECKPOINT PORT` is the second of them: Starlette and uvicorn with the
 route /v1/completions, streamed, that answers one request after another by transformers' generate.
 """
 
@@ -96,12 +96,13 @@ def serve_transformers(checkpoint: Path, port: int) -> None:
     import torch
     import transformers
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.responses import Response, StreamingResponse
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response, StreamingResponse
+    from starlette.routing import Route
 
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     turn = threading.Lock()
-    app = FastAPI()
 
     class Tokens(transformers.generation.streamers.BaseStreamer):
         """Token ids as they come; the prompt's are the first."""
@@ -133,11 +134,9 @@ def serve_transformers(checkpoint: Path, port: int) -> None:
                 pad_token_id=0,
             )
 
-    @app.get("/health")
-    def health() -> Response:
+    async def health(_: Request) -> Response:
         return Response("ok")
 
-    @app.post("/v1/completions")
     async def complete(request: Request) -> StreamingResponse:
         asked = await request.json()
         streamer = Tokens()
@@ -151,7 +150,8 @@ def serve_transformers(checkpoint: Path, port: int) -> None:
 
         return StreamingResponse(pieces(), media_type="text/event-stream")
 
-    uvicorn.run(app, port=port, log_level="error")
+    routes = [Route("/health", health), Route("/v1/completions", complete, methods=["POST"])]
+    uvicorn.run(Starlette(routes=routes), port=port, log_level="error")
 
 
 if __name__ == "__main__":

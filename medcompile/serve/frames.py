@@ -59,8 +59,8 @@ class Unpacker:
         return found
 
 
-def received(connection: socket.socket) -> Iterator[Frame]:
-    """Frames from a blocking socket, until the other side is gone."""
+def received(connection: socket.socket) -> Iterator[list[Frame]]:
+    """Frames from a blocking socket, those together that came together, until the other side is gone."""
     unpacker = Unpacker()
     while True:
         try:
@@ -69,4 +69,5 @@ def received(connection: socket.socket) -> Iterator[Frame]:
             return
         if not data:
             return
-        yield from unpacker.feed(data)
+        if frames := unpacker.feed(data):
+            yield frames

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -70,7 +70,7 @@ def event(name: str, fields: Mapping[str, Field] | None = None, *, level: int = 
 
 
 def access(one: Access) -> None:
-    fields = asdict(one) | {"seconds": round(one.seconds, 6)}
+    fields = vars(one) | {"seconds": round(one.seconds, 6)}
     event("request", {key: value for key, value in fields.items() if value != "" and value is not False})
 
 

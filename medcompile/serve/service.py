@@ -34,6 +34,7 @@ log = logging.getLogger("medcompile.serve")
 
 LEFT = 499
 """The status of a request whose client left before the end, in the audit log as in the metrics."""
+_PRIORITIES = frozenset(Priority)
 UPLOADS = "/v1/match"
 """The one route that takes files beside JSON."""
 _REASONS: Mapping[type[MedcompileError], str] = {QueueFull: "queue_full", Draining: "draining", TooLarge: "too_large"}
@@ -121,7 +122,7 @@ class Service:
         return Asked(
             tally=tally,
             caller=str(getattr(caller, "name", "")),
-            priority=priority if priority in set(Priority) else Priority.ROUTINE,
+            priority=priority if priority in _PRIORITIES else Priority.ROUTINE,
             request_id=str(state.get("request_id", "")),
         )
 

@@ -15,7 +15,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, Protocol
 
 from medcompile.errors import MedcompileError, UsageError
@@ -34,8 +35,11 @@ class Desk(Protocol):
     def facts(self) -> dict[str, Any]:
         """What the server should know of the model."""
 
-    def take(self, frame: Frame) -> None:
-        """Begin with a request; its answer is sent when it is there. Raises what is wrong with it."""
+    def take(self, frame: Frame, *, alone: bool) -> None:
+        """Begin with a request; its answer is sent when it is there. Raises what is wrong with it.
+
+        alone: no other request came with it.
+        """
 
     def cancel(self, number: int) -> None:
         """Forget a request. Nothing happens for one that is answered."""
@@ -75,7 +79,7 @@ def main(descriptor: int) -> None:
     first = next(frames, None)
     if first is None:
         return
-    number, told = first.header["id"], first.header
+    number, told = first[0].header["id"], first[0].header
     logs.configure(told["log_level"], as_json=told["log_json"], worker=told["name"])
     try:
         session = _loaded(told)
@@ -85,25 +89,30 @@ def main(descriptor: int) -> None:
         return
     chosen = {"variant": session.variant.name, "target": session.target.name}
     line.send(({"id": number, **chosen, **desk.facts()}, b""))
-    _serve(desk, line, frames)
+    _serve(desk, line, chain([first[1:]], frames))
     os._exit(0)  # without waiting for a step that nobody reads
 
 
-def _serve(desk: Desk, line: Line, frames: Iterator[Frame]) -> None:
-    for frame in frames:
-        number, op = frame.header["id"], frame.header["op"]
-        try:
-            if op == "cancel":
-                desk.cancel(number)
-            elif op == "stats":
-                line.send(({"id": number, **desk.stats()}, b""))
-            else:
-                desk.take(frame)
-        except MedcompileError as error:
-            line.fail(number, error)
-        except Exception as error:  # a bug in one request must not end the others
-            log.error("a request failed", exc_info=error)
-            line.fail(number, error)
+def _serve(desk: Desk, line: Line, read: Iterable[list[Frame]]) -> None:
+    for frames in read:
+        for frame in frames:
+            _answer(desk, line, frame, alone=len(frames) == 1)
+
+
+def _answer(desk: Desk, line: Line, frame: Frame, *, alone: bool) -> None:
+    number, op = frame.header["id"], frame.header["op"]
+    try:
+        if op == "cancel":
+            desk.cancel(number)
+        elif op == "stats":
+            line.send(({"id": number, **desk.stats()}, b""))
+        else:
+            desk.take(frame, alone=alone)
+    except MedcompileError as error:
+        line.fail(number, error)
+    except Exception as error:  # a bug in one request must not end the others
+        log.error("a request failed", exc_info=error)
+        line.fail(number, error)
 
 
 def _loaded(told: Mapping[str, Any]) -> Session:

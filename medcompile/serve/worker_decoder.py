@@ -107,7 +107,7 @@ class DecoderDesk(Desk):
     def close(self) -> None:
         self._generator.close()
 
-    def take(self, frame: Frame) -> None:
+    def take(self, frame: Frame, *, alone: bool) -> None:
         h = frame.header
         if h["op"] != "generate":
             raise unknown(h["op"], self._session)

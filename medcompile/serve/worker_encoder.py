@@ -56,7 +56,8 @@ class EncoderDesk(Desk):
     def __init__(self, session: Session, line: Line, text_tokens: int) -> None:
         self._text_tokens = text_tokens
         self._sizes: Counter[int] = Counter()  # of batches
-        self._running_since_s: float | None = None
+        self._running_since_s: float | None = None  # None: nothing runs
+        self._alone = False
         self._session = session
         self._line = line
         self._tasks = frozenset(session.bundle.tasks)
@@ -98,7 +99,8 @@ class EncoderDesk(Desk):
 
     # ---- requests
 
-    def take(self, frame: Frame) -> None:
+    def take(self, frame: Frame, *, alone: bool) -> None:
+        self._alone = alone
         h, op = frame.header, frame.header["op"]
         if op == "embed":
             wanted: list[tuple[str, Any]] = [("image", image) for image in _cut(frame)]
@@ -156,13 +158,14 @@ class EncoderDesk(Desk):
             self._jobs[job.number] = job
         slow = any(self._kinds[kind].slow for kind, _ in wanted) or sum(_size(v) for _, v in wanted) > 20_000
         if not slow:
-            self._enter(job, wanted)
+            self._enter(job, wanted, alone=self._alone)
             return
         for at in range(0, count, 16):
             self._pool.submit(self._enter, job, wanted[at : at + 16], at)
 
-    def _enter(self, job: Job, wanted: Sequence[tuple[str, Any]], first: int = 0) -> None:
-        """Prepare items, and let them wait for their turn."""
+    def _enter(self, job: Job, wanted: Sequence[tuple[str, Any]], first: int = 0, *, alone: bool = False) -> None:
+        """Prepare items, and let them wait for their turn. One that is alone, and has nobody before it, is run at once
+        by the thread that read it: no other has to wake up for it."""
         due_s = job.arrived_s + PATIENCES[Priority(job.priority)] * PATIENCE_S
         items = []
         try:
@@ -173,9 +176,15 @@ class EncoderDesk(Desk):
             self._fail(job, error, index)
             return
         with self._changed:
-            for item in items:
-                self._waiting.add(item)
-            self._changed.notify_all()
+            at_once = alone and len(items) == 1 and not self._running_since_s and not len(self._waiting)
+            if at_once:
+                self._running_since_s = time.monotonic()
+            else:
+                for item in items:
+                    self._waiting.add(item)
+                self._changed.notify_all()
+        if at_once:
+            self._run(items)
 
     def _prepared(self, kind: str, value: Any) -> tuple[Any, int]:
         """Raises InputError for a text that would keep the model from all others for too long."""
@@ -206,21 +215,28 @@ class EncoderDesk(Desk):
     def _run_all(self) -> None:
         while True:
             with self._changed:
-                while not (batch := self._waiting.take()):
+                while self._running_since_s or not (batch := self._waiting.take()):
                     self._changed.wait()
-            self._running_since_s = started_s = time.monotonic()
-            for item in batch:
-                item.job.started_s = item.job.started_s or started_s
-            done = self._answer(batch)
-            with self._changed:
-                self._running_since_s = None
-                self._sums["batches"] += 1
-                self._sizes[len(batch)] += 1
-                self._sums["items"] += len(batch)
-                self._sums["tokens"] += sum(i.length for i in batch)
-                self._sums["busy_s"] += time.monotonic() - started_s
-            for job in done:
-                self._finish(job)
+                self._running_since_s = time.monotonic()
+            self._run(batch)
+
+    def _run(self, batch: Sequence[Item]) -> None:
+        """Run a batch and tell its answers. Whoever calls has set since when something runs: nothing else does."""
+        started_s = time.monotonic()
+        for item in batch:
+            item.job.started_s = item.job.started_s or started_s
+        done = self._answer(batch)
+        with self._changed:
+            self._running_since_s = None
+            self._sizes[len(batch)] += 1
+            self._sums["batches"] += 1
+            self._sums["items"] += len(batch)
+            self._sums["tokens"] += sum(i.length for i in batch)
+            self._sums["busy_s"] += time.monotonic() - started_s
+            if len(self._waiting):
+                self._changed.notify_all()
+        for job in done:
+            self._finish(job)
 
     def _answer(self, batch: Sequence[Item]) -> list[Job]:
         """Run a batch; where it fails, one by one, to find whose fault it is. Returns the jobs that are complete."""

@@ -47,6 +47,6 @@ def test_a_socket_gives_frames_until_the_other_side_is_gone() -> None:
 
     thread = threading.Thread(target=say)
     thread.start()
-    found = list(received(ours))
+    found = [frame for together in received(ours) for frame in together]
     thread.join()
     assert [(f.header["i"], len(f.body)) for f in found] == [(i, i * 1000) for i in range(100)]
