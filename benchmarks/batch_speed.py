@@ -2,11 +2,12 @@
 
     python benchmarks/batch_speed.py [--bundle engines/quickstart] [--gigabytes 10] [--lines 4000] [--write]
 
-Two parts. The first takes the model away (every request is answered at once by a few bytes), so that what is left is
-reading, checking, ordering and writing: files up to --gigabytes of clinical-looking notes, each in a process of its
-own whose peak memory is told. The second asks a real bundle for embeddings of notes of mixed length: lines per second
-by how many are in flight, beside the session itself with all texts in one call, and without any batching at all.
---write puts the tables into benchmarks/results/batch_speed.md.
+Two parts, of which --only takes one. The first (Size) takes the model away: every request is answered at once by a few
+bytes, so that what is left is reading, checking, ordering and writing. Files up to --gigabytes of clinical-looking
+notes, short or as long as charts, each in a process of its own whose peak memory is told. The second (Model) asks a
+real bundle for embeddings of notes of mixed length: lines per second by how many are in flight, beside the session
+itself with all texts in one call, and without any batching at all. --write puts the tables into
+benchmarks/results/batch_speed.md.
 """
 
 from __future__ import annotations
@@ -43,18 +44,21 @@ TEXT = (
     "follow up in six weeks with repeat bloods continue current medication discussed with family"
 )
 WORDS = TEXT.split()
-SHARES = (0.001, 0.01, 0.1, 1.0)
+SHORT, LONG = (20, 80), (3000, 9000)
+FILES = ((0.002, SHORT), (0.02, SHORT), (0.01, LONG), (0.1, LONG), (1.0, LONG))
+"""Shares of the largest, and words of each note: a line of a report, or a whole chart of 20 to 60 KB."""
 IN_FLIGHT = (1, 8, 64, 512)
+SIZES, MODEL = "Size", "Model"
 
 
 def note(chance: random.Random, words: int) -> str:
     return " ".join(chance.choices(WORDS, k=words))
 
 
-def write_large(path: Path, size_bytes: int) -> None:
-    """Notes of 20 to 60 KB, as whole charts are; a few thousand different ones, under ids of their own."""
+def write_large(path: Path, size_bytes: int, words: tuple[int, int]) -> None:
+    """Notes of so many words, 200 different ones, under ids of their own."""
     chance = random.Random(0)
-    bodies = [orjson.dumps({"model": "m", "input": note(chance, chance.randint(3000, 9000))}) for _ in range(200)]
+    bodies = [orjson.dumps({"model": "m", "input": note(chance, chance.randint(*words))}) for _ in range(200)]
     written = number = 0
     with path.open("wb", buffering=1 << 22) as file:
         while written < size_bytes:
@@ -88,11 +92,11 @@ def child(path: Path, out: Path) -> None:
 
 
 def without_model(folder: Path, largest_bytes: int) -> Iterator[str]:
-    yield "| file | lines | seconds | lines/s | MB/s | looking for duplicates, s | peak memory |"
-    yield "|---|---|---|---|---|---|---|"
-    for share in SHARES:
+    yield "| file | words a note | lines | seconds | lines/s | MB/s | looking for duplicates, s | peak memory |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for share, words in FILES:
         path, out = folder / "in.jsonl", folder / "out.jsonl"
-        write_large(path, int(share * largest_bytes))
+        write_large(path, int(share * largest_bytes), words)
         size = path.stat().st_size
         done = subprocess.run(
             [sys.executable, __file__, "--child", str(path), str(out)], check=True, stdout=subprocess.PIPE
@@ -101,8 +105,8 @@ def without_model(folder: Path, largest_bytes: int) -> Iterator[str]:
         assert out.read_bytes()[:1] == b"{"
         rate, mb = told["lines"] / told["seconds"], size / told["seconds"] / 1e6
         yield (
-            f"| {size / 1e9:.2f} GB | {told['lines']:,} | {told['seconds']:.1f} | {rate:,.0f} | {mb:,.0f} "
-            f"| {told['checked_s']:.2f} | {told['peak'] / 2**20:.0f} MiB |"
+            f"| {size / 1e9:.2f} GB | {words[0]} to {words[1]} | {told['lines']:,} | {told['seconds']:.1f} "
+            f"| {rate:,.0f} | {mb:,.0f} | {told['checked_s']:.2f} | {told['peak'] / 2**20:.0f} MiB |"
         )
         path.unlink()
         out.unlink()
@@ -156,29 +160,35 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--lines", type=int, default=4000)
     parser.add_argument("--folder", type=Path, help="Where the files go; default: a temporary one.")
+    parser.add_argument("--only", choices=(SIZES, MODEL))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.child:
         child(*told.child)
         return
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    lines = ["# Batch files", "", f"Made by `benchmarks/batch_speed.py`, which says what is measured; {machine}.", ""]
-    with tempfile.TemporaryDirectory(dir=told.folder) as folder:
-        for title, rows in (
-            (
-                "Without a model: the file's size, speed and memory",
-                without_model(Path(folder), int(told.gigabytes * 1e9)),
-            ),
-            ("With a model: lines in flight", with_model(Path(folder), told.bundle, told.lines)),
-        ):
-            lines += [f"## {title}", ""]
-            for row in rows:
+    parts = {SIZES: lambda folder: without_model(folder, int(told.gigabytes * 1e9))}
+    parts[MODEL] = lambda folder: with_model(folder, told.bundle, told.lines)
+    for title in [told.only] if told.only else parts:
+        print(f"## {title}\n")
+        lines = []
+        with tempfile.TemporaryDirectory(dir=told.folder) as folder:
+            for row in parts[title](Path(folder)):
                 print(row, flush=True)
                 lines.append(row)
-            lines.append("")
-    if told.write:
-        RESULT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        if told.write:
+            write(title, lines)
+
+
+def write(title: str, lines: list[str]) -> None:
+    """Put a section into the results, in the place of an older one."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    head = f"# Batch files\n\nMade by `benchmarks/batch_speed.py`, which says what is measured; {machine}."
+    kept = RESULT.read_text(encoding="utf-8").split("\n\n## ")[1:] if RESULT.exists() else []
+    sections = {section.partition("\n")[0]: section for section in kept}
+    sections[title] = "\n".join([title, "", *lines])
+    told = [head, *(sections[name].rstrip() for name in (SIZES, MODEL) if name in sections)]
+    RESULT.write_text("\n\n## ".join(told) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

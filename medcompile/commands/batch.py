@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +15,18 @@ from medcompile.commands.options import AsJson, Threads, named_bundle
 from medcompile.errors import BackendUnavailable, MedcompileError, UsageError
 
 if TYPE_CHECKING:
+    from medcompile.serve.audit import AuditLog
     from medcompile.serve.batch import Progress
+    from medcompile.serve.batch_calls import Calls
     from medcompile.serve.batch_tables import Question
     from medcompile.serve.duplicates import Duplicates
     from medcompile.serve.engines import Engines
     from medcompile.serve.files import Source
+    from medcompile.serve.scrubbing import Scrubbing
     from medcompile.serve.spool import Spool
+
+
+_SAFETY = "Safety"
 
 
 def batch(
@@ -43,7 +51,23 @@ def batch(
         int | None, typer.Option(help="Blocks of keys and values of a decoder; default: 8 full sequences.")
     ] = None,
     in_flight: Annotated[int, typer.Option(min=1, help="Texts, images or answers asked for at a time.")] = 512,
-    restart: Annotated[bool, typer.Option(help="Begin anew, whatever an earlier run left.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew, whatever an earlier run left.")] = False,
+    scrub: Annotated[
+        bool,
+        typer.Option("--scrub", help="Take identifiers out of texts, and of what is written.", rich_help_panel=_SAFETY),
+    ] = False,
+    scrub_names: Annotated[
+        Path | None, typer.Option(help="People to find in texts, one a line.", rich_help_panel=_SAFETY)
+    ] = None,
+    scrub_model: Annotated[
+        str, typer.Option(help="A spaCy model that finds names: its package or folder.", rich_help_panel=_SAFETY)
+    ] = "",
+    audit_log: Annotated[
+        Path | None, typer.Option(help="A folder for a record of each request.", rich_help_panel=_SAFETY)
+    ] = None,
+    audit_key: Annotated[
+        Path | None, typer.Option(help="A file with the key that the log is sealed with.", rich_help_panel=_SAFETY)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a file of requests, each line on its own. Run it again after any kind of end: it goes on.
@@ -52,8 +76,9 @@ def batch(
     """
     try:
         from medcompile.serve import logs, private
-        from medcompile.serve.batch_calls import LIMITS
+        from medcompile.serve.batch_calls import LIMITS, Calls
         from medcompile.serve.engines import Engines
+        from medcompile.serve.files import Folder
         from medcompile.serve.settings import Logging, Model
         from medcompile.serve.spool import Spool
     except ImportError as error:
@@ -71,12 +96,18 @@ def batch(
         "variant": f"{backend} {variant}",
         "question": f"{wanted.url} {json.dumps(dict(wanted.body), sort_keys=True)}" if wanted else "",
     }
-    with Spool(out, about, restart=restart) as spool:
+    if scrub:
+        about["scrub"] = f"{_digest(scrub_names)} {scrub_model}"
+    with ExitStack() as open_things:
+        spool = open_things.enter_context(Spool(out, about, restart=restart))
         if spool.finished:
             spool.clear()
             _tell(source, spool, None, None, as_json)
             return
-        progress = _run(source, wanted, engines, spool, in_flight)
+        scrubbing = _scrubbing(scrub_names, scrub_model) if scrub else None
+        audit = open_things.enter_context(_audit(audit_log, audit_key)) if audit_log else None
+        calls = Calls(engines, source if isinstance(source, Folder) else None, scrubbing, audit)
+        progress = _run(source, wanted, engines, calls, spool, in_flight)
         duplicates = _finish(source, wanted, spool)
     _tell(source, spool, progress, duplicates, as_json)
 
@@ -108,15 +139,38 @@ def _source(
     return source, wanted
 
 
-def _run(source: Source, wanted: Question | None, engines: Engines, spool: Spool, in_flight: int) -> Progress:
+def _scrubbing(names: Path | None, model: str) -> Scrubbing:
+    from medcompile.serve.scrub import Scrubber, read_names
+    from medcompile.serve.scrubbing import Scrubbing
+
+    return Scrubbing(Scrubber(names=read_names(names) if names else (), model=model))
+
+
+def _audit(folder: Path, key: Path | None) -> AuditLog:
+    from medcompile.serve.audit import AuditLog
+    from medcompile.serve.chain import read_key
+
+    return AuditLog(folder, key=read_key(key) if key else None)
+
+
+def _digest(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", fix="check the path after --scrub-names") from None
+
+
+def _run(
+    source: Source, wanted: Question | None, engines: Engines, calls: Calls, spool: Spool, in_flight: int
+) -> Progress:
     import asyncio
 
     from medcompile.serve import batch_lines, batch_tables
     from medcompile.serve.batch import Batch, Job
-    from medcompile.serve.batch_calls import Calls
     from medcompile.serve.batch_progress import Shown
     from medcompile.serve.calls import CALLS
-    from medcompile.serve.files import Folder
 
     if spool.begun:
         typer.echo(f"going on after {spool.mark.records:,} {source.unit}s or more of an earlier run", err=True)
@@ -133,7 +187,6 @@ def _run(source: Source, wanted: Question | None, engines: Engines, spool: Spool
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop, number)
         async with engines:
-            calls = Calls(engines, source if isinstance(source, Folder) else None)
             job = Job(
                 source,
                 (lambda record: batch_tables.asked(record, wanted, source))

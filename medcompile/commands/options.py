@@ -17,4 +17,4 @@ AllowPhi = Annotated[bool, typer.Option(help="Read data whose manifest says phi:
 def named_bundle(told: str) -> tuple[str, Path]:
     """name=folder, or a folder alone, whose bundle goes by its own name: "" then."""
     name, equals, path = told.partition("=")
-    return (name, Path(path)) if equals and "/" not in name else ("", Path(told))
+    return (name, Path(path)) if equals and "/" not in name and not Path(told).exists() else ("", Path(told))

@@ -110,6 +110,17 @@ class Slots:
                 turn.set_result(self.limit == 1)
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A record on its way, without its data, which the task has parsed. The rest is Spool.add()'s."""
+
+    position: int
+    line: int
+    size_bytes: int
+    digest: bytes
+    task: asyncio.Task[tuple[bytes, bool]]
+
+
 class Batch:
     """One run. tell: is called often with how far it is."""
 
@@ -132,7 +143,7 @@ class Batch:
         began_s, spool = time.monotonic(), self._spool
         records = self._kept(spool)
         before = spool.mark
-        pending: deque[tuple[Record, bytes, asyncio.Task[tuple[bytes, bool]]]] = deque()
+        pending: deque[_Pending] = deque()
         committed_s = began_s
         ended = False
 
@@ -152,14 +163,14 @@ class Batch:
                         pending.append(self._begun(record))
                 if not pending:
                     break
-                await asyncio.wait([pending[0][2]], timeout=COMMIT_S)
+                await asyncio.wait([pending[0].task], timeout=COMMIT_S)
                 if self._failure:
                     raise self._failure
-                while pending and pending[0][2].done():
-                    record, digest, task = pending.popleft()
-                    line, failed = task.result()
-                    self._held_bytes -= _size(record) + len(line)
-                    spool.add(line, digest, position=record.next, at_line=record.line, failed=failed)
+                while pending and pending[0].task.done():
+                    done = pending.popleft()
+                    line, failed = done.task.result()
+                    self._held_bytes -= done.size_bytes + len(line)
+                    spool.add(line, done.digest, position=done.position, at_line=done.line, failed=failed)
                 self._tell(now())
                 if time.monotonic() - committed_s >= COMMIT_S:
                     spool.mark = replace(spool.mark, seconds=before.seconds + time.monotonic() - began_s)
@@ -168,7 +179,7 @@ class Batch:
             spool.mark = replace(spool.mark, seconds=before.seconds + time.monotonic() - began_s)
             return now()
         finally:
-            tasks = [task for _, _, task in pending]
+            tasks = [one.task for one in pending]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -191,11 +202,13 @@ class Batch:
         spool.cut()
         return records
 
-    def _begun(self, record: Record) -> tuple[Record, bytes, asyncio.Task[tuple[bytes, bool]]]:
+    def _begun(self, record: Record) -> _Pending:
         request = self._job.read(record)
-        self._held_bytes += _size(record)
+        size_bytes = len(record.data or b"")
+        self._held_bytes += size_bytes
+        digest = batch_lines.digest(request.custom_id, record.number)
         task = asyncio.create_task(self._line(record.number, request))
-        return record, batch_lines.digest(request.custom_id, record.number), task
+        return _Pending(record.next, record.line, size_bytes, digest, task)
 
     async def _line(self, number: int, request: Request | Refused) -> tuple[bytes, bool]:
         """The answer's line, and whether it tells an error."""
@@ -246,7 +259,3 @@ class Batch:
                 f"a model's process ended at each of {LOST_IN_A_ROW} requests, one after another",
                 fix="see its last words above; the same command goes on where this one ended",
             )
-
-
-def _size(record: Record) -> int:
-    return len(record.data or b"")

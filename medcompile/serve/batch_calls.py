@@ -10,15 +10,19 @@ from typing import Any
 from medcompile.errors import MedcompileError
 from medcompile.serve import failures, logs, wire
 from medcompile.serve.asked import Asked
+from medcompile.serve.audit import AuditLog, Record
 from medcompile.serve.batch_lines import Answered, Request
 from medcompile.serve.calls import CALLS
 from medcompile.serve.engine import Engine
 from medcompile.serve.engines import Engines
 from medcompile.serve.files import Folder
+from medcompile.serve.scrubbing import Scrubbing
 from medcompile.serve.settings import Limits
 
 LIMITS = Limits(queue=8192, timeout_s=3600.0)
 """Lines of engines that only a batch asks: it bounds by itself what is in flight. A request that hangs ends at last."""
+CALLER = "batch"
+"""Who asks, for the audit log; requests of one batch share computed tokens."""
 BACK_S = 300.0
 """How long a model's process may take to come back before the batch is given up."""
 
@@ -26,26 +30,65 @@ log = logging.getLogger("medcompile.serve")
 
 
 class Calls:
-    """Answers requests by these engines. folder: where the images of requests are that name one."""
+    """Answers requests by these engines. folder: where the images of requests are that name one.
 
-    def __init__(self, engines: Engines, folder: Folder | None = None) -> None:
+    scrubbing: what texts go through on their way; images don't. audit: gets a record of every request.
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        folder: Folder | None = None,
+        scrubbing: Scrubbing | None = None,
+        audit: AuditLog | None = None,
+    ) -> None:
         self._engines = engines
         self._folder = folder
+        self._scrubbing = scrubbing
+        self._audit = audit
 
     async def ask(self, request: Request, request_id: str) -> Answered:
-        """Whatever is wrong becomes a status and OpenAI's error."""
-        asked = Asked(caller="batch", priority="background", request_id=request_id)
+        """Whatever is wrong becomes a status and OpenAI's error. Raises AuditError alone: no answer has no record."""
+        asked = Asked(caller=CALLER, priority="background", request_id=request_id)
         try:
-            if request.image:
-                assert self._folder is not None
-                asked.files = [await asyncio.to_thread(self._folder.read, request.image)]
-            body = wire.dumps(await CALLS[request.url](self._engines, request.body, asked))
+            body = wire.dumps(await self._made(request, asked))
+            answered = Answered(200, body, tokens_in=asked.tally.tokens_in, tokens_out=asked.tally.tokens_out)
         except MedcompileError as error:
-            return _failed(error)
+            answered = _failed(error)
         except Exception as error:  # noqa: BLE001  # a bug on one line must not end the others
             log.error("a request failed: %s at %s", logs.kind(error), (logs.places(error) or [""])[-1])
-            return _failed(error)
-        return Answered(200, body, tokens_in=asked.tally.tokens_in, tokens_out=asked.tally.tokens_out)
+            answered = _failed(error)
+        if self._audit is not None:
+            await self._record(self._audit, request, asked, answered.status)
+        return answered
+
+    async def _made(self, request: Request, asked: Asked) -> Any:
+        call = CALLS[request.url]
+        if request.image:
+            assert self._folder is not None
+            asked.files = [await asyncio.to_thread(self._folder.read, request.image)]
+        body = call.checked(request.body)
+        if self._scrubbing is not None:
+            return await self._scrubbing.run(call, self._engines, body, asked)
+        return await call.run(self._engines, body, asked)
+
+    async def _record(self, audit: AuditLog, request: Request, asked: Asked, status: int) -> None:
+        tally = asked.tally
+        record = Record(
+            caller=CALLER,
+            request_id=asked.request_id,
+            route=request.url,
+            status=status,
+            model=tally.model,
+            bundle=tally.digest,
+            items=tally.items,
+            tokens_in=tally.tokens_in,
+            tokens_out=tally.tokens_out,
+        )
+        if audit.waits:
+            await asyncio.to_thread(audit.append, record)
+        else:
+            audit.append(record)
 
     async def ready(self, request: Request) -> None:
         """Wait for a model's process that is being started again. Raises MedcompileError if it does not come back."""

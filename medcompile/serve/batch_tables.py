@@ -43,7 +43,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Question:
-    """What every record is asked. body: all of it but the text or image."""
+    """What every record is asked. body: all of it but the text, or the image that comes beside it."""
 
     url: str
     body: Mapping[str, Any] = field(repr=False)
@@ -69,7 +69,7 @@ def question(tasks: Sequence[str], task: str, model: str, *, images: bool, promp
         raise UsageError("--prompt is for images", fix="leave it out")
     if prompts:
         return Question(MATCH, {"model": model, "prompts": list(prompts)})
-    return Question(URLS[chosen], {"model": model})
+    return Question(URLS[chosen], {"model": model, "input": []} if images else {"model": model})
 
 
 def asked(record: Record, wanted: Question, source: Source) -> Request | Refused:

@@ -233,6 +233,28 @@ def test_a_decoders_lines_are_answered_with_their_usage(tmp_path: Path, decoder:
     assert len(set(same)) == 1, "the same prompt was answered in two ways, greedily"
 
 
+def test_identifiers_are_scrubbed_and_every_request_is_in_the_audit_log(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("presidio_analyzer")
+    (tmp_path / "names").write_text(f"{PLANTED}\n")
+    note = f"{PLANTED} had chest pain"
+    requests = [request("a", "/v1/entities", input=note), request("b", "/v1/entities", input="chest pain")]
+    requests.append(request("c", model="none", input=note))
+    path = write(tmp_path / "in.jsonl", requests)
+    more = ("--scrub", "--scrub-names", tmp_path / "names", "--audit-log", tmp_path / "audit")
+    done = spawn("batch", path, "-o", tmp_path / "out.jsonl", "--bundle", text, *more, *ON_CPU)
+    assert done.returncode == 1, done.stderr
+    assert PLANTED not in (tmp_path / "out.jsonl").read_text()
+    for entity in bodies(tmp_path / "out.jsonl")["a"]["data"][0]["entities"]:
+        assert 0 <= entity["start"] < entity["end"] <= len(note)
+    kept = b"".join(p.read_bytes() for p in (tmp_path / "audit").rglob("*") if p.is_file()).decode()
+    records = [json.loads(line) for line in kept.splitlines() if '"route"' in line]
+    assert sorted((r["route"], r["status"]) for r in records) == [
+        *(("/v1/embeddings", 404), ("/v1/entities", 200), ("/v1/entities", 200)),
+    ]
+    assert {r["caller"] for r in records} == {"batch"} and PLANTED not in kept
+    assert call("audit", "verify", tmp_path / "audit").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
