@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,24 @@ class Door:
         for connection in (*self.strangers, *self.idle, *self.busy):
             connection.looked_at(now_s)
         self._look = loop.call_later(_LOOK_EVERY_S, self._look_over, loop) if len(self) else None
+
+
+@contextmanager
+def handshakes_within(seconds: float) -> Iterator[None]:
+    """Servers begun meanwhile end a TLS handshake after so long: uvicorn leaves it at asyncio's minute."""
+    loop: Any = asyncio.get_running_loop()
+    plain = loop.create_server
+
+    async def create_server(*args: Any, **options: Any) -> Any:
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = seconds
+        return await plain(*args, **options)
+
+    loop.create_server = create_server
+    try:
+        yield
+    finally:
+        del loop.create_server
 
 
 class Connection(HttpToolsProtocol):

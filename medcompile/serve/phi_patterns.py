@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-PERSON, DATE, PLACE, NUMBER, AGE, LINK = "PERSON", "DATE", "LOCATION", "ID", "AGE", "URL"
+PERSON, DATE, PLACE, NUMBER, AGE, LINK, PHONE = "PERSON", "DATE", "LOCATION", "ID", "AGE", "URL", "PHONE"
 
 _WORD = r"\p{Lu}[\p{L}'’-]*\p{L}"
 _INITIAL = r"\p{Lu}\.?(?![\p{L}])"
@@ -29,6 +29,7 @@ _NOT_NAMES = (
     r"Was|Is|Will|Had|Needs|Underwent|Admitted|Discharged|Instructions|Controlled|Activity|Status|Summary|Name|Portal|The|"
     r"This|Unknown|None|Not|No|Yes)\b"
 )
+_ACRONYM = r"\p{Lu}{2,5}\b(?!,)"  # "PT: INR 2.5" names no patient
 _GIVEN = (
     "James|Robert|John|Michael|David|William|Richard|Joseph|Thomas|Christopher|Charles|Daniel|Matthew|Anthony|Steven|"
     "Paul|Andrew|Joshua|Kenneth|Kevin|Brian|George|Timothy|Ronald|Jason|Edward|Jeffrey|Ryan|Jacob|Gary|Nicholas|Eric|"
@@ -67,7 +68,7 @@ _NUMBER_LABELS = (
 EXACT: Mapping[str, tuple[str, ...]] = {
     PERSON: (
         rf"(?<=\b(?:Mr|Mrs|Ms|Miss|Mx|Dr|Prof|Professor|Doctor|Nurse|Sister|Sir|Dame)\b\.?[ \t]+){_NAME}",
-        rf"(?<=(?i:\b{_LABELS})[ \t]*[:=][ \t]*)(?!{_NOT_NAMES})(?:{_LAST_FIRST}|{_NAME})",
+        rf"(?<=(?i:\b{_LABELS})[ \t]*[:=][ \t]*)(?!{_NOT_NAMES}|{_ACRONYM})(?:{_LAST_FIRST}|{_NAME})",
         rf"(?<=(?i:\b(?:patient|pt\.?|named|called))[ \t]+)(?!{_NOT_NAMES})(?!{_WORD}[ \t]+{_NOT_NAMES}){_FULL_NAME}",
         rf"\b{_FULL_NAME}(?=,?[ \t]*(?:\((?i:age|aged|dob|mrn)|,[ \t]*(?:an?[ \t]+)?\d{{1,3}}\b(?![./%])|"
         rf"[ \t]+is[ \t]+an?[ \t]+\d{{1,3}}|,[ \t]*(?:MD|M\.D\.|DO|RN|NP|PA-?C?|PhD|FRCP|MBBS)\b))",
@@ -88,7 +89,8 @@ EXACT: Mapping[str, tuple[str, ...]] = {
     PLACE: (
         rf"\b\d{{1,5}}[A-Z]?[ \t]+(?:[NSEW]\.?[ \t]+)?(?:{_WORD}[ \t]+){{1,3}}{_STREET}\b\.?"
         rf"(?:,?[ \t]*(?i:apt|apartment|suite|unit|\#)\.?[ \t]*[\w-]+)?",
-        rf"\b{_WORD}(?:[ \t]+{_WORD}){{0,2}},[ \t]*{_STATE}(?:[ \t]+\d{{5}}(?:-\d{{4}})?)?\b",
+        rf"\b{_WORD}(?:[ \t]+{_WORD}){{0,2}},[ \t]*{_STATE}[ \t]+\d{{5}}(?:-\d{{4}})?\b",
+        rf"(?<=\b(?:in|from|near|of|to|at)[ \t]+){_WORD}(?:[ \t]+{_WORD}){{0,2}},[ \t]*{_STATE}\b",
         r"(?i)(?<=\b(?:zip(?:[ ]?code)?|postcode|postal code)[ \t]*:?[ \t]*)[A-Z0-9][A-Z0-9 -]{3,8}[A-Z0-9]\b",
         r"\b[A-Z]{1,2}\d[A-Z\d]?[ ]\d[A-Z]{2}\b",
         r"(?i)\bP\.?[ ]?O\.?[ ]Box[ \t]+\d+",
@@ -98,6 +100,7 @@ EXACT: Mapping[str, tuple[str, ...]] = {
         rf"(?i)(?<=\b{_NUMBER_LABELS}[ \t]*(?:is|was)?[ \t]*[:=\#]?[ \t]*)(?=[A-Z-]*\d)[A-Z0-9][A-Z0-9/-]{{3,24}}",
         r"\b[A-HJ-NPR-Z0-9]{3}(?=[A-HJ-NPR-Z0-9]*\d)(?=[A-HJ-NPR-Z0-9]*[A-Z])[A-HJ-NPR-Z0-9]{14}\b",
     ),
+    PHONE: (r"(?<![\d.-])(?:\+?1[ .-]?)?(?:\(\d{3}\)[ ]?|\d{3}[ .-])\d{3}[ .-]\d{4}(?![\d-])",),
     LINK: (r"(?i)\b(?:https?://|ftp://|www\.)[^\s<>\"'\])]+",),
 }
 """Kind -> patterns, each of what is to be replaced and no more."""

@@ -16,7 +16,7 @@ from presidio_analyzer import (
     RecognizerResult,
     predefined_recognizers,
 )
-from presidio_analyzer.nlp_engine import NerModelConfiguration, NlpEngine, NoOpNlpEngine, SpacyNlpEngine
+from presidio_analyzer.nlp_engine import NerModelConfiguration, NlpArtifacts, NlpEngine, NoOpNlpEngine, SpacyNlpEngine
 
 from medcompile.errors import UsageError
 from medcompile.serve import phi_patterns
@@ -25,6 +25,8 @@ _TIMEOUT_S = 5.0
 """Of one pattern on one text."""
 _OF_MODELS = ("PERSON", "LOCATION")
 """What is taken from a language model; its dates are mostly durations ("two days"), which clinical text needs."""
+_FEWEST_DIGITS = 7
+"""Of a telephone number."""
 _EXACT = regex.MULTILINE | regex.V1
 
 
@@ -69,6 +71,21 @@ class InTime(EntityRecognizer):
         return found
 
 
+class Telephone(predefined_recognizers.PhoneRecognizer):
+    """presidio's, which takes a blood pressure (168/112) for a number to call."""
+
+    def analyze(
+        self, text: str, entities: list[str], nlp_artifacts: NlpArtifacts | None = None
+    ) -> list[RecognizerResult]:
+        found = super().analyze(text, entities, nlp_artifacts)
+        spans = [text[one.start : one.end] for one in found]
+        return [
+            one
+            for one, span in zip(found, spans, strict=True)
+            if "/" not in span and sum(c.isdigit() for c in span) >= _FEWEST_DIGITS
+        ]
+
+
 def _recognizers(names: Sequence[str]) -> list[EntityRecognizer]:
     held = [_ours(kind, patterns) for kind, patterns in phi_patterns.EXACT.items()]
     theirs = predefined_recognizers
@@ -78,7 +95,7 @@ def _recognizers(names: Sequence[str]) -> list[EntityRecognizer]:
     if names:
         whole = "|".join(_spelled(name) for name in sorted(set(names), key=len, reverse=True))
         held.append(_ours(phi_patterns.PERSON, [rf"(?i)(?<![\p{{L}}\d])(?:{whole})(?:['’]s)?(?![\p{{L}}\d])"]))
-    return [*(InTime(one) for one in held), theirs.PhoneRecognizer()]
+    return [*(InTime(one) for one in held), Telephone()]
 
 
 def _ours(kind: str, patterns: Sequence[str]) -> PatternRecognizer:

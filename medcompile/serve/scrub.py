@@ -22,13 +22,13 @@ from functools import cached_property
 from pathlib import Path
 
 from medcompile.errors import BackendUnavailable, InputError, UsageError
-from medcompile.serve.phi_patterns import AGE, DATE, LINK, NUMBER, PERSON, PLACE
+from medcompile.serve.phi_patterns import AGE, DATE, LINK, NUMBER, PERSON, PHONE, PLACE
 
 _LOWEST_SCORE = 0.35
 _KINDS = {
     "DATE_TIME": DATE,
     "EMAIL_ADDRESS": "EMAIL",
-    "PHONE_NUMBER": "PHONE",
+    "PHONE_NUMBER": PHONE,
     "US_SSN": NUMBER,
     "UK_NHS": NUMBER,
     "CREDIT_CARD": NUMBER,
@@ -156,5 +156,5 @@ def read_names(path: Path) -> tuple[str, ...]:
     return tuple(name for line in lines if (name := line.strip()))
 
 
-KINDS = (PERSON, DATE, PLACE, NUMBER, AGE, LINK, "EMAIL", "PHONE", "IP")
+KINDS = (PERSON, DATE, PLACE, NUMBER, AGE, LINK, PHONE, "EMAIL", "IP")
 """What may stand in brackets."""

@@ -21,7 +21,7 @@ from medcompile.serve.app import Safety, create_app
 from medcompile.serve.audit import AuditLog
 from medcompile.serve.cache import ResponseCache, read_secret
 from medcompile.serve.chain import read_key
-from medcompile.serve.connections import Door
+from medcompile.serve.connections import Door, handshakes_within
 from medcompile.serve.engines import Engines
 from medcompile.serve.guard import check_binding
 from medcompile.serve.keys import Keyring
@@ -79,7 +79,7 @@ async def serve(
         door = Door(settings.connections)
         app.state.service.connections = door.__len__
         telling = asyncio.create_task(_tell(app.state.service, status)) if status else None
-        await _Server(config(settings, app, door), stop, told, safety.keyring).serve()
+        await _Server(config(settings, app, door), stop, told, safety.keyring, door).serve()
         if telling:
             telling.cancel()
         if safety.audit:
@@ -146,14 +146,17 @@ class _Server(uvicorn.Server):
         stop: Callable[[], None],
         told: Callable[[str], None],
         keyring: Keyring | None,
+        door: Door,
     ) -> None:
         super().__init__(its_config)
+        self._door = door
         self._keyring = keyring
         self._stop = stop
         self._told = told
 
     async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
+        with handshakes_within(self._door.limits.head_s):
+            await super().startup(sockets)
         if self.started:
             port = self.servers[0].sockets[0].getsockname()[1]
             scheme = "https" if self.config.is_ssl else "http"

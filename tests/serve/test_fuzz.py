@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,31 @@ def api(server: Server) -> Any:
     return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
-schema = schemathesis.pytest.from_fixture("api")
+MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
 
 
-@schema.parametrize()
-@settings(PLENTY, max_examples=40)
-def test_nothing_that_the_document_describes_answers_5xx(case: Any) -> None:
+@pytest.mark.parametrize("mode", MODES, ids=("allowed", "not-allowed"))
+def test_nothing_that_the_document_describes_or_excludes_answers_5xx(api: Any, mode: Any) -> None:
+    statuses: Counter[int] = Counter()
+    for operation in (found.ok() for found in api.get_all_operations()):
+        if mode is MODES[1] and operation.method.upper() == "GET":
+            continue
+
+        @settings(PLENTY, max_examples=30)
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: Any) -> None:
+            statuses[_asked(case).status_code] += 1
+
+        check()
+    assert statuses[200] > 10 if mode is MODES[0] else statuses[400] > 50, statuses
+
+
+def _asked(case: Any) -> Any:
     """Half of them name a model that is served, and ask for a few tokens alone: else most would be answered 404."""
     body = case.body
-    if isinstance(body, dict) and "model" in body and len(json.dumps(body, default=str)) % 2:
-        body["model"] = MODELS[len(body) % 3]
     if isinstance(body, dict):
+        if "model" in body and len(json.dumps(body, default=str)) % 2:
+            body["model"] = MODELS[len(body) % 3]
         body |= {name: 3 for name in ("max_tokens", "max_completion_tokens") if isinstance(body.get(name), int)}
         if isinstance(body.get("n"), int):
             body["n"] = min(body["n"], 3)
@@ -52,6 +67,7 @@ def test_nothing_that_the_document_describes_answers_5xx(case: Any) -> None:
     if response.status_code >= 400:
         told = json.loads(response.content)["error"]
         assert set(told) == {"message", "type", "param", "code"} and told["message"]
+    return response
 
 
 json_values = st.recursive(

@@ -91,6 +91,7 @@ def test_nothing_that_was_found_is_left_and_nothing_else_is_taken(case: tuple[st
         ("referred by: van der Berg", []),
         ("zyx  qwerty called; QWERTY, Zyx and Zyx Qwerty's mother", ["zyx", "qwerty", "QWERTY", "Zyx", "Qwerty"]),
         ("MRN 00123456, account number: AC-99817, NHS number 943 476 5919", ["00123456", "AC-99817", "943 476 5919"]),
+        ("phone 999-200-1234, +1 223 456 7890 or 212.555.0187", ["200-1234", "456 7890", "555.0187"]),
         ("SSN 536-22-1234", ["536-22-1234"]),
         ("call (212) 555-0187 or ann@ward.hospital.local", ["555-0187", "ann@ward"]),
         (
@@ -114,6 +115,7 @@ def test_what_identifies_a_person_is_taken_out(scrubber: Scrubber, text: str, go
     "text",
     [
         "BP 120/80, HR 72, Hb 11.2 g/dL, SpO2 98%, temp 37.2.",
+        "ABG at 0400 7.34/58/71/31; BP 168/112; PT: INR 2.5; VA OU, VA OD; Cont, CT tomorrow. CrCl 168.4.",
         "Motor strength 5/5, reflexes 2+, GCS 15/15.",
         "Started metformin 500 mg b.i.d. for 2 weeks; WBC 12.3 x 10^9/L.",
         "A 61-year-old woman with type 2 diabetes and stage 3 chronic kidney disease.",

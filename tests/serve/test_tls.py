@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import ssl
+import time
 from pathlib import Path
 
 import httpx
@@ -89,3 +91,17 @@ def test_options_that_can_not_be_say_what_to_give_instead(
     done = spawn("serve", small.bundle, *options)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
+
+
+def test_a_connection_whose_handshake_never_comes_is_closed(small: Workshop, tmp_path: Path) -> None:
+    own, key = certificate(tmp_path, "server")
+    context = ssl.create_default_context(cafile=str(own))
+    arguments = ("--host", "localhost", *ON_CPU, "--tls-cert", own, "--tls-key", key)
+    with Server(small.bundle, *arguments, verify=context) as server:
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("localhost", port)) as silent:
+            silent.settimeout(20)
+            began_s = time.monotonic()
+            assert silent.recv(1) == b""
+            assert 5 < time.monotonic() - began_s < 15
+        assert server.http.get("/health/live").status_code == 200
