@@ -9,8 +9,9 @@ make: our fp32 bundle, the yardstick, and plain round-to-nearest variants of our
 (budget_alternatives.py) in a process of its own, with what it took: calibration and its own validation, without the
 export that all start from. judge: every one through our exam on the acceptance data, by our test, at each margin.
 time: one process per contender, pinned to the same cores, taking turns in random order at the shape that a build
-times; quiet machines only. --also adds what a search found. Steps that were done are not repeated: name what shall be
-done anew with --again. MODELS and DATA: see budget_models.py.
+times. On one core CPU time is taken, which a machine shared with others leaves nearly as it is; on several, wall time.
+--also adds what a search found. Steps that were done are not repeated: name what shall be done anew with --again.
+MODELS and DATA: see budget_models.py.
 """
 
 from __future__ import annotations
@@ -245,6 +246,8 @@ def worker(model: Model, places: Places, name: str, also: list[str], cpus: list[
     specs = bundle.read(places.of(model) / "bundle", check=False).graphs
     executors = contenders(model, places, also)[name].executors(specs, len(cpus))
     runs = {graph: prepared(executor, specs[graph]) for graph, executor in executors.items()}
+    # On one core, with one thread, a run takes its CPU time, but for what others on a shared machine take from it.
+    clock = time.process_time if len(cpus) == 1 else time.perf_counter
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         graph, count = line.split()
@@ -252,9 +255,9 @@ def worker(model: Model, places: Places, name: str, also: list[str], cpus: list[
         times = []
         for _ in range(int(count)):
             before()
-            start = time.perf_counter()
+            start = clock()
             run()
-            times.append((time.perf_counter() - start) * 1e3)
+            times.append((clock() - start) * 1e3)
         print(json.dumps(times), file=replies, flush=True)
 
 
@@ -271,7 +274,8 @@ def time_all(model: Model, places: Places, rounds: int, also: list[str], cpus: l
         processes[name] = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
         )
-        assert processes[name].stdout.readline() == "ready\n", name  # type: ignore[union-attr]
+    for name, process in processes.items():
+        assert process.stdout.readline() == "ready\n", name  # type: ignore[union-attr]
 
     def ask(name: str, graph: str, count: int) -> list[float]:
         process = processes[name]
@@ -284,8 +288,8 @@ def time_all(model: Model, places: Places, rounds: int, also: list[str], cpus: l
     for graph in graphs:
         counts = {}
         for name in names:
-            ask(name, graph, 2)
-            counts[name] = max(3, min(30, round(60 / statistics.median(ask(name, graph, 3)))))
+            first = min(ask(name, graph, 2))
+            counts[name] = max(2, min(30, round(60 / first)))
         for _ in range(rounds):
             for name in random.sample(names, len(names)):
                 times[name][graph].append(round(statistics.median(ask(name, graph, counts[name])), 4))
@@ -368,17 +372,15 @@ def _timed_how(model: Model, places: Places) -> str:
     if not path.is_file():
         return "not timed"
     told = json.loads(path.read_text(encoding="utf-8"))
-    return f"medians of {told['rounds']} rounds in turn on {told['cpus']} cores, load {told['load'][0]:.1f}"
+    how = "CPU time on one core" if told["cpus"] == 1 else f"wall time on {told['cpus']} cores"
+    return f"{how}, medians of {told['rounds']} rounds in turn"
 
 
 def tell(models: list[Model], places: Places, also: list[str], as_json: Path | None, out: Path | None) -> None:
-    tools = ("medcompile", "nncf", "openvino", "onnxruntime", "torch", "transformers")
-    versions = {name: version(name) for name in tools}
     lines = [
         "# Published alternatives to the search",
         "",
-        "Made by `benchmarks/budget_peers.py`, which says how each came about. "
-        f"{_cpu()}; {', '.join(f'{n} {v}' for n, v in versions.items())}.",
+        f"Made by `benchmarks/budget_peers.py`, which says how each came about. {machine()}; {versions()}.",
         "Differences to the original torch model on the acceptance data, with the lower bound of 95 %; a loss is",
         "negative, perplexity's as a share. Under each margin: yes, shown to lose less; no, shown to lose more; -,",
         "neither. ms: one run at the shape that builds are tuned for. to fp32: time to our fp32 on OpenVINO.",
@@ -398,13 +400,25 @@ def tell(models: list[Model], places: Places, also: list[str], as_json: Path | N
             }
             for m in models
         }
-        whole = {"machine": _cpu(), "versions": versions, "models": told}
+        whole = {"machine": machine(), "versions": versions(), "models": told}
         as_json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((li.partition(":")[2].strip() for li in lines if li.startswith("model name")), platform.machine())
+def machine() -> str:
+    """Cores, their make, and what of it decides how fast low precision is."""
+    told: dict[str, str] = {}
+    for row in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        key, _, value = row.partition(":")
+        told.setdefault(key.strip(), value.strip())
+    known = {"avx512f": "AVX512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16", "amx_int8": "AMX"}
+    flags = told.get("flags", "").split()
+    there = ", ".join(name for flag, name in known.items() if flag in flags)
+    return f"{os.cpu_count()} cores of an {told.get('model name', platform.machine())} ({there})"
+
+
+def versions() -> str:
+    tools = ("nncf", "openvino", "onnxruntime", "torch", "transformers")
+    return ", ".join(f"{name} {version(name)}" for name in tools)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ What is tried next, and why, is search's; where the steps of a build come from i
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -41,8 +40,9 @@ if TYPE_CHECKING:
 REFERENCE = Variant("fp32")
 """What every bundle that was searched for holds beside what was found: the yardstick."""
 
-_TURNS = 9
-_TURNS_S = 3.0
+_TURNS, _TURNS_S = 9, 3.0  # of a long run: so many turns, or so long
+_MANY_TURNS, _MANY_S = 500, 1.0  # of a short one, whose times differ by more
+_WARM = 3
 _LARGEST_BATCH = 16
 
 
@@ -186,7 +186,7 @@ class Bench:
             }
             (folder / "times.json").write_text(json.dumps(times), encoding="utf-8")
 
-        step = self.shop.steps.run(f"time {variant.name} on {self.target.name}", cache.key("timed", 1, parts), fill)
+        step = self.shop.steps.run(f"time {variant.name} on {self.target.name}", cache.key("timed", 2, parts), fill)
         times: dict[str, list[float]] = json.loads((step.folder / "times.json").read_text(encoding="utf-8"))
         if yardstick is None:
             self.yardstick = (variant, {graph: own for graph, (own, _) in times.items()})
@@ -250,7 +250,7 @@ class Bench:
         return lowering.variant(variant, [self.target], self.shop.lowered(variant))
 
     def _raced(self, variant: Variant, made: Made, other: Variant | None, beside: Made) -> tuple[float, float]:
-        """Median milliseconds of one run of either, taking turns; where there is no other, of the one twice."""
+        """Milliseconds of one run of either, taking turns; where there is no other, of the one twice."""
         graph = made.artifact.graph
         spec, profile = self.shop.graphs[graph], self._profile(self.shop.graphs[graph])
         backend = backends.get(self.target.backend)
@@ -261,17 +261,20 @@ class Bench:
                 executor = opened.enter_context(loaded(backend, path, spec, v.on(graph), self.target, None))
                 runs.append(one_run(executor, spec, profile))
             times: list[list[float]] = [[] for _ in runs]
-            for run in runs:
-                run()
+            warm = time.perf_counter()
+            for turn in range(_WARM):
+                if turn == 0 or time.perf_counter() - warm < _MANY_S:
+                    for run in runs:
+                        run()
             started = time.perf_counter()
-            while len(times[0]) < _TURNS and (len(times[0]) < 3 or time.perf_counter() - started < _TURNS_S):
+            while more_turns(len(times[0]), time.perf_counter() - started):
                 for run, taken in zip(runs, times, strict=True):
                     start = time.perf_counter()
                     run()
                     taken.append(time.perf_counter() - start)
         rows = 1 if self.objective == "latency" else profile.axes[0].opt
-        medians = [statistics.median(taken) * 1000 / rows for taken in times]
-        return medians[0], medians[-1]
+        typical = [undisturbed(taken) * 1000 / rows for taken in times]
+        return typical[0], typical[-1]
 
     def _profile(self, spec: GraphSpec) -> Profile:
         """What is timed: the opt shape; for throughput with the largest batch, but no more than 16 rows."""
@@ -281,6 +284,16 @@ class Bench:
         first, *rest = profile.axes
         many = min(first.max, max(_LARGEST_BATCH, first.opt))
         return Profile(profile.name, (Axis(first.name, first.min, many, first.max), *rest))
+
+
+def more_turns(taken: int, seconds: float) -> bool:
+    """Whether two runs that are timed in turns have not had enough of them."""
+    return taken < 3 or (taken < _TURNS and seconds < _TURNS_S) or (taken < _MANY_TURNS and seconds < _MANY_S)
+
+
+def undisturbed(taken: Sequence[float]) -> float:
+    """The lower quartile: what others on the machine do to a run only ever adds to its time."""
+    return sorted(taken)[len(taken) // 4]
 
 
 def _groups(model: ir.Model) -> Iterator[dict[str, int]]:

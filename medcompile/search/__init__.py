@@ -210,6 +210,8 @@ class Searcher:
         found_line = _Line(menu, ways, options, line(options), model)
         self.lines[menu.name] = found_line
         self._walk(found_line)
+        for found in sorted(whole, key=_cost):
+            self._judge_if_cheaper(found, found_line)
 
     def _way(self, menu: Menu, name: str, ways: tuple[Variant, ...]) -> Variant:
         """The way of finding a format's numbers that moves the outputs least on calibration data."""
@@ -248,7 +250,7 @@ class Searcher:
                 return
             if found.point.passed:
                 passed = place
-            elif place == last:
+            elif place == last or (failed < 0 and not self._within_reach(on)):
                 return
             else:
                 failed, place, step = place, min(place + step, last), step * 2
@@ -261,6 +263,20 @@ class Searcher:
             if found is None or found.point.passed is None:
                 return
             failed, passed = (failed, middle) if found.point.passed else (middle, passed)
+
+    def _judge_if_cheaper(self, found: _Tried, on: _Line) -> None:
+        """The line begins where the cost model is lowest; one format for all, measured to be cheaper, counts too."""
+        best = self.best()
+        if found.point.passed is None and best is not None and _cost(found) < (1 - _WORTH) * _cost(best):
+            self._try(on.menu, found.point.name, found.assignment, on.ways, judge=True, on=on)
+
+    def _within_reach(self, on: _Line) -> bool:
+        """Whether the safe end of the line passes: where it does not, what lies between is not worth judging."""
+        found = self._at(on, len(on.assignments) - 1)
+        if found is None or found.point.passed is None or found.point.passed:
+            return True
+        self.note(f"{on.menu.name}: not even {FLOAT} would pass: {found.point.why}; more items are needed")
+        return False
 
     def _at(self, on: _Line, place: int) -> _Tried | None:
         assignment = on.assignments[place]

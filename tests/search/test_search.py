@@ -8,7 +8,7 @@ from medcompile.search import at_looks, error_to_pass, promising
 from medcompile.search.cost import CostModel, assumed, fitted, scaled
 from medcompile.search.line import Option, hull, line
 from medcompile.search.record import read, write
-from medcompile.spec import Margin, Verdict
+from medcompile.spec import Margin, Variant, Verdict
 from tests.search.planted import PlantedBench, searcher
 
 GOOD = {f"layer.{i}": 0.0005 for i in range(12)}
@@ -56,6 +56,27 @@ def test_no_more_points_are_judged_than_allowed() -> None:
     bench = PlantedBench({f"layer.{i}": 0.02 + i / 100 for i in range(40)})
     searcher(bench, points=3).run()
     assert bench.judged.count("tuning") == 3
+
+
+def test_a_whole_format_that_was_measured_cheaper_than_the_model_had_it_is_judged_too() -> None:
+    class Surprising(PlantedBench):
+        """A mixture costs more than its parts."""
+
+        def cost(self, variant: Variant) -> dict[str, float]:
+            found = dict(super().cost(variant))
+            mixed = len({self.format(name, variant) for name in self.errors_of}) > 1
+            return {graph: cost + 4.0 * mixed for graph, cost in found.items()}
+
+    found = searcher(Surprising({**GOOD, "layer.7": 0.03})).run()
+    assert found.point(found.chosen).formats == {"int8-weights": 12}
+
+
+def test_where_not_even_float_could_be_shown_to_pass_nothing_between_is_judged() -> None:
+    bench = PlantedBench(GOOD, items={"tuning": 100, "acceptance": 50}, margins=(Margin("accuracy", 0.005),))
+    found = searcher(bench).run()
+    assert not found.chosen
+    assert bench.judged.count("tuning") == 2
+    assert any("not even float would pass" in note for note in found.notes)
 
 
 def test_each_look_has_the_confidence_that_all_looks_together_need() -> None:
