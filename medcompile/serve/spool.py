@@ -54,10 +54,9 @@ class Mark:
 
 
 class Spool:
-    """A context manager. ids: the file of all custom_ids' digests, 16 bytes each, in order.
+    """A context manager. about: what must be the same for a run to go on with another one's answers.
 
-    about: what must be the same for a run to go on with another one's answers.
-
+    ids: the file of all custom_ids' digests, 16 bytes each, in order. mark: how far it is.
     Raises UsageError where OUT is there already, another run writes it, or what was begun is not what is asked now
     (unless restart: then everything begins anew).
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -89,22 +90,33 @@ def test_bad_lines_are_told_in_the_file_the_others_answered_and_nothing_is_quote
     assert not any(word in done.stderr + done.stdout for word in PLANTED.split())
 
 
-def test_a_batch_that_was_killed_goes_on_and_leaves_no_process_behind(tmp_path: Path, text: str) -> None:
-    path, out = embeddings(tmp_path, 3000), tmp_path / "out.jsonl"
+@pytest.mark.slow
+def test_a_batch_that_was_killed_ten_times_goes_on_and_leaves_no_process_behind(tmp_path: Path, text: str) -> None:
+    count, chance = 20_000, random.Random(5)
+    path, out = embeddings(tmp_path, count), tmp_path / "out.jsonl"
     command = ("batch", path, "-o", out, "--bundle", text, "--in-flight", 16, *ON_CPU)
     part = out.with_name("out.jsonl.part")
-    process = start(*command)
-    _until(lambda: part.exists() and part.stat().st_size > 0)
-    workers = _children(process.pid)
-    assert workers
-    process.kill()
-    process.communicate()
-    _until(lambda: not any(_alive(pid) for pid in workers))
-    whole = part.read_bytes().count(b"\n")
-    assert 0 < whole < 3000
+    kept = [0]
+    for _ in range(10):
+        process = start(*command)
+        size = part.stat().st_size if part.exists() else 0
+        _until(lambda: part.exists() and part.stat().st_size > size)  # noqa: B023  # called before it changes
+        workers = _children(process.pid)
+        assert workers
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        _until(lambda: not any(_alive(pid) for pid in workers))  # noqa: B023
+        kept.append(part.read_bytes().count(b"\n"))
+    assert kept == sorted(kept) and kept[1] > 0 and kept[-1] < count
     done = spawn(*command)
     assert done.returncode == 0 and "going on after" in done.stderr
-    assert list(bodies(out)) == [f"r{i}" for i in range(3000)]
+    assert list(bodies(out)) == [f"r{i}" for i in range(count)]
+    vectors: dict[int, list[list[float]]] = {}
+    for custom_id, body in bodies(out).items():
+        vectors.setdefault(int(custom_id[1:]) % len(NOTES), []).append(body["data"][0]["embedding"])
+    for same in vectors.values():
+        np.testing.assert_allclose(np.array(same), np.tile(same[0], (len(same), 1)), atol=1e-5)
 
 
 def test_a_model_process_that_is_killed_costs_no_line(tmp_path: Path, text: str) -> None:
