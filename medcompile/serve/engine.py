@@ -232,7 +232,6 @@ class Engine:
     # ---- the process
 
     async def _spawn(self) -> None:
-        self.state = State.STARTING
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
@@ -247,7 +246,7 @@ class Engine:
         self._lost = asyncio.Event()
         loop = asyncio.get_running_loop()
         _, link = await loop.create_connection(lambda: _Link(self, self._lost), sock=ours)
-        self._link = link
+        self._link, self.state = link, State.STARTING  # from now on requests wait for it
         m = self.model
         told: dict[str, Any] = {"path": str(m.path), "backend": m.backend, "variant": m.variant}
         told |= {"threads": m.threads, "kv_blocks": m.kv_blocks, "name": self.name}
