@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -89,9 +90,9 @@ def also(model: Model, places: Places) -> list[str]:
 def compare(model: Model, places: Places, cpus: list[int], rounds: int) -> None:
     peers = [sys.executable, str(ROOT / "benchmarks/budget_peers.py")]
     common = [str(places.work), "--data", str(places.files), "--only", model.name, "--also", *also(model, places)]
-    common += ["--cpus", *map(str, cpus)]
-    subprocess.run([*peers, "judge", *common], check=True)
-    subprocess.run([*peers, "time", *common, "--rounds", str(rounds)], check=True)
+    every = sorted(os.sched_getaffinity(0))
+    subprocess.run([*peers, "judge", *common, "--cpus", *map(str, every)], check=True)
+    subprocess.run([*peers, "time", *common, "--cpus", *map(str, cpus), "--rounds", str(rounds)], check=True)
 
 
 def rows(model: Model, places: Places) -> Iterator[dict[str, Any]]:
