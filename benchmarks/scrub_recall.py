@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -195,7 +196,8 @@ def main() -> None:
 def _left(scrubber: Scrubber, note: str, held: str) -> bool:
     """Whether any word of it can still be read."""
     told = scrubber.scrub(note).text
-    return any(word in told for word in held.replace(",", " ").split() if len(word) > 1)
+    words = [re.escape(word) for word in held.replace(",", " ").split() if len(word) > 1]
+    return re.search(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", told) is not None
 
 
 if __name__ == "__main__":

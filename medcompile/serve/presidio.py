@@ -16,7 +16,7 @@ from presidio_analyzer import (
     RecognizerResult,
     predefined_recognizers,
 )
-from presidio_analyzer.nlp_engine import NerModelConfiguration, NlpArtifacts, NlpEngine, NoOpNlpEngine, SpacyNlpEngine
+from presidio_analyzer.nlp_engine import NerModelConfiguration, NlpEngine, NoOpNlpEngine, SpacyNlpEngine
 
 from medcompile.errors import UsageError
 from medcompile.serve import phi_patterns
@@ -74,9 +74,7 @@ class InTime(EntityRecognizer):
 class Telephone(predefined_recognizers.PhoneRecognizer):
     """presidio's, which takes a blood pressure (168/112) for a number to call."""
 
-    def analyze(
-        self, text: str, entities: list[str], nlp_artifacts: NlpArtifacts | None = None
-    ) -> list[RecognizerResult]:
+    def analyze(self, text: str, entities: list[str], nlp_artifacts: Any = None) -> list[RecognizerResult]:
         found = super().analyze(text, entities, nlp_artifacts)
         spans = [text[one.start : one.end] for one in found]
         return [

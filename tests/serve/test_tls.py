@@ -100,8 +100,8 @@ def test_a_connection_whose_handshake_never_comes_is_closed(small: Workshop, tmp
     with Server(small.bundle, *arguments, verify=context) as server:
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("localhost", port)) as silent:
-            silent.settimeout(20)
+            silent.settimeout(50)
             began_s = time.monotonic()
             assert silent.recv(1) == b""
-            assert 5 < time.monotonic() - began_s < 15
+            assert time.monotonic() - began_s < 40  # asyncio would wait for a minute
         assert server.http.get("/health/live").status_code == 200
