@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import statistics
 import sys
 import time
@@ -210,6 +211,7 @@ def main() -> None:
     making.add_argument("--gguf", type=Path)
     encoding.add_argument("--clients", type=int, nargs="+", default=[16, 64])
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers that were started are ended
     told = generate(given) if given.step == "generate" else encode(given)
     facts = ", ".join(f"{key}: {value}" for key, value in machine.facts().items())
     if given.out:

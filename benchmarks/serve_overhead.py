@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import signal
 import statistics
 import sys
 import time
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers that were started are ended
     found = measure(given.bundle, given.requests, given.threads)
     facts = ", ".join(machine.facts().values())
     told = f"{table(found)}\n\n{given.requests} of each in turn, {given.threads} thread(s) of the model; {facts}\n"

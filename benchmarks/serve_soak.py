@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--variant", default="auto")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers that were started are ended
     random.seed(0)
     models = [(n, bundle.read(p, check=False).tasks) for n, _, p in (b.partition("=") for b in given.bundles)]
     with Server(*given.bundles, "--variant", given.variant, "--log-level", "WARNING") as server:
