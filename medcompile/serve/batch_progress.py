@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from types import TracebackType
 from typing import Self
 
@@ -13,20 +14,25 @@ from rich.text import Text
 from medcompile import terminal
 from medcompile.serve.batch import Progress
 
-LINE_EVERY_S = 30.0
-_SMOOTH_S = 10.0
+LINE_EVERY_S, DRAW_S = 30.0, 0.1
+_SMOOTH_S, _STEP_S = 10.0, 0.25
 
 
 class Rate:
     """Records per second over the last while, so that a slow start is soon forgotten."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, int]] = []
+        self._seen: deque[tuple[float, int]] = deque([(0.0, 0)])
 
-    def of(self, progress: Progress) -> float:
+    def see(self, progress: Progress) -> None:
+        if progress.seconds - self._seen[-1][0] < _STEP_S:
+            return
         self._seen.append((progress.seconds, progress.new))
         while len(self._seen) > 2 and self._seen[1][0] < progress.seconds - _SMOOTH_S:
-            self._seen.pop(0)
+            self._seen.popleft()
+
+    @property
+    def per_second(self) -> float:
         (then_s, then), (now_s, now) = self._seen[0], self._seen[-1]
         return (now - then) / (now_s - then_s) if now_s > then_s else 0.0
 
@@ -54,8 +60,9 @@ class Shown:
 
     def __call__(self, progress: Progress) -> None:
         now_s = time.monotonic()
+        self._rate.see(progress)
         if self._bar is not None:
-            if now_s - self._drawn_s > 0.1:
+            if now_s - self._drawn_s >= DRAW_S:
                 self._drawn_s = now_s
                 self._bar.update(self._task, completed=progress.position, told=self._words(progress))
         elif now_s - self._told_s > LINE_EVERY_S:
@@ -68,7 +75,7 @@ class Shown:
 
     def _words(self, progress: Progress) -> str:
         failed = f", {progress.failed:,} failed" if progress.failed else ""
-        return f"{progress.records:,} {self._unit}s{failed}, {self._rate.of(progress):,.1f}/s"
+        return f"{progress.records:,} {self._unit}s{failed}, {self._rate.per_second:,.1f}/s"
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -87,6 +94,7 @@ class _Left(TimeRemainingColumn):
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60 + 1e-9), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
