@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from typing import Any
 
+import pytest
+
+from medcompile.serve import server as server_process
+from medcompile.serve.metrics import Metrics
 from tests.serve.servers import Server
 
 
@@ -57,3 +63,26 @@ def test_health_tells_each_models_state(server: Server) -> None:
     ready = server.http.get("/health/ready")
     assert ready.status_code == 200
     assert ready.json() == {"status": "ok", "models": {"llm": "ready", "text": "ready", "pair": "ready"}}
+
+
+@pytest.mark.anyio
+async def test_a_terminal_is_told_a_line_when_something_happened_and_none_when_nothing_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Quiet:
+        metrics = Metrics(("/v1/embeddings",))
+
+        async def look(self) -> None: ...
+
+    monkeypatch.setattr(server_process, "STATUS_S", 0.05)
+    said: list[str] = []
+    its: Any = Quiet()
+    telling = asyncio.create_task(server_process._tell(its, said.append))
+    await asyncio.sleep(0.2)
+    assert said == []
+    its.metrics.began()
+    its.metrics.request("POST", "/v1/embeddings", 200, 0.01)
+    await asyncio.sleep(0.2)
+    telling.cancel()
+    assert len(said) == 1
+    assert "requests/s" in said[0]
