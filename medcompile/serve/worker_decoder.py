@@ -61,6 +61,7 @@ class Job:
     """A request: some prompts, n answers to each."""
 
     number: int
+    n: int
     streamed: bool
     arrived_s: float
     left: int
@@ -114,7 +115,7 @@ class DecoderDesk(Desk):
         prompts, n = h["prompts"], h["n"]
         for prompt in prompts:
             self._check_size(prompt)
-        job = Job(h["id"], h["stream"], time.monotonic(), len(prompts) * n)
+        job = Job(h["id"], n, h["stream"], time.monotonic(), len(prompts) * n)
         samplings = self._samplings(h["sampling"], n)
         try:
             for p, prompt in enumerate(prompts):
@@ -228,7 +229,7 @@ class DecoderDesk(Desk):
                 "queued_s": job.started_s - job.arrived_s,
                 "first_token_s": job.first_s - job.arrived_s,
                 "decode_s": job.last_s - job.first_s,
-                "cached_tokens": job.tickets[0].request.sequence.cached,
+                "cached_tokens": sum(t.request.sequence.cached for t in job.tickets[:: job.n]),
             }
         return [(told, b"")]
 

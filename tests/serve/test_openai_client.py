@@ -277,3 +277,17 @@ def test_priorities_are_taken_from_the_body_and_from_the_header(server: Server) 
     assert server.post("/v1/embeddings", body, headers={"X-Priority": "emergency"}).status_code == 200
     assert server.metric("medcompile_queue_seconds_count", priority="emergency") == before + 2
     assert server.post("/v1/embeddings", body | {"priority": "asap"}).status_code == 400
+
+
+def test_a_prompt_that_was_computed_before_counts_as_cached_for_the_same_salt_alone(client: openai.OpenAI) -> None:
+    asked = {"model": "llm", "prompt": "fever " * 40, "max_tokens": 2, "n": 2}
+
+    def cached(salt: str) -> int:
+        usage = client.completions.create(**asked, extra_body={"cache_salt": salt}).usage
+        assert usage
+        assert usage.prompt_tokens_details
+        return usage.prompt_tokens_details.cached_tokens or 0
+
+    assert cached("a") == 0
+    assert cached("a") >= 192  # whole blocks of 32 of its 239 tokens
+    assert cached("b") == 0
