@@ -10,6 +10,9 @@ What the library would decide by itself on a CPU is named in the variant's compu
 
     accuracy_level  4 (unless said): weights that alone are quantized meet activations rounded to int8, block by block;
                     1: float32 ones
+    kernels         medcompile (where it was installed with its compiled kernels, unless said): a decoder's attention
+                    is our own, and its int4 products at accuracy_level 4; onnxruntime: the library's operators alone
+    kv              bfloat16: our own attention keeps keys and values in it; all else: float32
 
 The GPU half was tested up to its refusals; nothing of it has run on a GPU yet.
 """
@@ -46,7 +49,9 @@ _SLOWER = ("SkipLayerNormFusion", "BiasGeluFusion", "EmbedLayerNormFusion")
 _CPU = "CPUExecutionProvider"
 _CUDA = "onnxruntime-cuda"
 _CUDA_DECODER = "cuda_decoder.onnx"
-"""The file of a decoder for CUDA, whose name tells load_decoder() what it is."""
+_NATIVE_DECODER = "native_decoder.onnx"
+"""The files of a decoder for CUDA and of one with our own kernels: their names tell load_decoder() what they are."""
+_OWN = "medcompile"
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention", "PagedAttention"}
 """What a GPU is there for. Small arithmetic on shapes may well stay on the CPU."""
 
@@ -91,6 +96,8 @@ class OnnxRuntimeBackend:
         For a GPU the typed graph, which is tried on the device at once.
         """
         from medcompile import onnx_files
+        from medcompile.kernels import native
+        from medcompile.rewrites import native as native_dialect
         from medcompile.rewrites import onnxruntime as dialect
         from medcompile.rewrites import onnxruntime_paged
 
@@ -102,9 +109,18 @@ class OnnxRuntimeBackend:
             onnx_files.save({"model": model}, out)
             self.load(out / "model.onnx", spec, variant, target, None).close()
             return Built("model.onnx", target, tuple(_notes(variant)))
-        settings = _settings(variant)
-        counts = dialect.rewrite(model) | onnxruntime_paged.rewrite(model)
+        settings = _settings(variant, paged=is_paged(spec))
+        own = settings.get("kernels") == _OWN
+        counts: dict[str, int] = {}
+        if own:
+            kv = cast("Float", settings["kv"])
+            counts |= native_dialect.rewrite(model, kv, products=settings["accuracy_level"] == 4)
+        counts |= dialect.rewrite(model) | onnxruntime_paged.rewrite(model)
+        if is_paged(spec):
+            counts |= onnxruntime_paged.rewrite_norms(model)
         options = ort.SessionOptions()
+        if own:
+            options.register_custom_ops_library(str(native.library()))
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(out / "model.onnx")
@@ -115,10 +131,14 @@ class OnnxRuntimeBackend:
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             onnx_files.save({spec.name: model}, Path(scratch))
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
+        if own:
+            (out / "model.onnx").rename(out / _NATIVE_DECODER)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
         # The library fuses weights alone into a product that has this setting.
-        named = tuple(f"{name}={value}" for name, value in settings.items()) if variant.any_weight_only else ()
-        return Built("model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
+        named = tuple(f"{name}={value}" for name, value in settings.items()) if own or variant.any_weight_only else ()
+        return Built(
+            _NATIVE_DECODER if own else "model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings))
+        )
 
     def _build_cuda_decoder(self, model: ir.Model, variant: Variant, target: Target, out: Path) -> Built:
         """Write out/cuda_decoder.onnx, and try it on the device with pools of one block."""
@@ -153,6 +173,12 @@ class OnnxRuntimeBackend:
             cuda = _cuda.open_cuda()
             session = _session_on_gpu(path, options, _PROVIDERS[_CUDA], "generate", {})
             return OnnxRuntimeCudaStepModel(session, cuda, blocks=blocks)
+        if path.name == _NATIVE_DECODER:
+            from medcompile.backends._onnxruntime_native import OnnxRuntimeNativeStepModel
+            from medcompile.kernels import native
+
+            options.register_custom_ops_library(str(native.library()))
+            return OnnxRuntimeNativeStepModel(_session(path, options), blocks=blocks)
         from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
 
         return OnnxRuntimeStepModel(_session(path, options), blocks=blocks)
@@ -181,12 +207,25 @@ class OnnxRuntimeExecutor(Executor):
         self._session = None
 
 
-def _settings(variant: Variant) -> dict[str, Scalar]:
-    """Every setting of the CPU half, as the variant names it or as the text above says."""
-    level = variant.compute.get("accuracy_level", 4)
-    if level not in (1, 4):
-        raise BackendError(f"variant {variant.name}: compute.accuracy_level is {level!r}", fix="choose 1 or 4")
-    return {"accuracy_level": level}
+def _settings(variant: Variant, *, paged: bool) -> dict[str, Scalar]:
+    """Every setting of the CPU half, as the variant names it or as the text above says. paged: for a decoder."""
+    from medcompile.kernels import native
+
+    settings: dict[str, Scalar] = {"accuracy_level": 4}
+    choices: dict[str, tuple[Scalar, ...]] = {"accuracy_level": (1, 4)}
+    if paged:
+        settings["kernels"] = _OWN if native.available() else "onnxruntime"
+        choices["kernels"] = (_OWN, "onnxruntime")
+    for name, allowed in choices.items():
+        settings[name] = variant.compute.get(name, settings[name])
+        if settings[name] not in allowed:
+            raise BackendError(
+                f"variant {variant.name}: compute.{name} is {settings[name]!r}",
+                fix=f"choose {' or '.join(map(str, allowed))}",
+            )
+    if settings.get("kernels") == _OWN:
+        settings["kv"] = "bfloat16" if variant.compute.get("kv") == "bfloat16" else "float32"
+    return settings
 
 
 def _load_options(threads: int | None) -> ort.SessionOptions:

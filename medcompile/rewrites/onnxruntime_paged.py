@@ -31,7 +31,7 @@ _REPLACED = ("query_starts", "past_lens", "block_table")
 
 
 def rewrite(model: ir.Model) -> dict[str, int]:
-    """Rewrite the decoder's graph in place. How often each form was found: paged attention, RMS norm.
+    """Rewrite the decoder's attention in place; how often it was found.
 
     Raises BackendError where a pool is no input of the graph, or layers differ in their keys' heads.
     """
@@ -54,13 +54,21 @@ def rewrite(model: ir.Model) -> dict[str, int]:
         if window not in windows:
             windows[window] = _Window(model, window, node)
         _attention(model, node, inputs, windows[window])
-    norms = sum(_norm(model, node) for node in list(model.graph) if node.op_type == "Reciprocal")
     model.opset_imports[_DOMAIN] = 1
     common.RemoveUnusedNodesPass()(model)
     for value in list(model.graph.inputs):
         if value.name in _REPLACED:
             model.graph.inputs.remove(value)
-    return {"paged attention": len(nodes), "RMS norm": norms}
+    return {"paged attention": len(nodes)}
+
+
+def rewrite_norms(model: ir.Model) -> dict[str, int]:
+    """Give each RMS norm of a decoder, in place, the one operator that the library has for it; how many."""
+    from onnx_ir.passes import common
+
+    count = sum(_norm(model, node) for node in list(model.graph) if node.op_type == "Reciprocal")
+    common.RemoveUnusedNodesPass()(model)
+    return {"RMS norm": count}
 
 
 class _Window:

@@ -26,6 +26,7 @@ Array = np.ndarray[Any, Any]
 TARGET = Target("onnxruntime-cpu", "onnxruntime", "cpu", platform.machine(), platform.system().lower(), "")
 LAYERS = 2
 BACKEND: Any = get("onnxruntime")
+VARIANT = Variant("fp32", compute={"kernels": "onnxruntime"})
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("decoder")
     spec = decoders.write(folder / "typed.onnx", LAYERS, dtype="FLOAT")
     (folder / "built").mkdir()
-    made = BACKEND.build(folder / "typed.onnx", spec, Variant("fp32"), TARGET, folder / "built")
+    made = BACKEND.build(folder / "typed.onnx", spec, VARIANT, TARGET, folder / "built")
     assert "2 paged attention" in made.notes[0]
     return folder
 
@@ -228,8 +229,8 @@ def test_ragged_chunks_give_every_token_the_logits_of_transformers(kind: str, tm
     program = tiny.simplified(folder)
     typed = tiny.write_graph(program, tmp_path / "typed")
     (tmp_path / "out").mkdir()
-    made = BACKEND.build(typed, program.graphs["generate"].spec, Variant("fp32"), TARGET, tmp_path / "out")
-    model = BACKEND.load_decoder(tmp_path / "out" / made.file, Variant("fp32"), 1, 24)
+    made = BACKEND.build(typed, program.graphs["generate"].spec, VARIANT, TARGET, tmp_path / "out")
+    model = BACKEND.load_decoder(tmp_path / "out" / made.file, VARIANT, 1, 24)
     reference = tiny.reference(folder)
     given = [np.random.default_rng(n).integers(3, tiny.VOCABULARY, n) for n in (1, 70, 33, 12)]
     for ids, logits in zip(given, tiny.chunked_logits(model, given), strict=True):
@@ -244,9 +245,9 @@ def test_greedy_tokens_are_those_of_transformers_generate(tmp_path: Path, shared
     program = tiny.simplified(folder)
     typed = tiny.write_graph(program, tmp_path / "typed")
     (tmp_path / "built").mkdir()
-    made = BACKEND.build(typed, program.graphs["generate"].spec, Variant("fp32"), TARGET, tmp_path / "built")
+    made = BACKEND.build(typed, program.graphs["generate"].spec, VARIANT, TARGET, tmp_path / "built")
     assert "4 paged attention, 9 RMS norm" in made.notes[0]
-    decoder = BACKEND.load_decoder(tmp_path / "built" / made.file, Variant("fp32"), 1, 64)
+    decoder = BACKEND.load_decoder(tmp_path / "built" / made.file, VARIANT, 1, 64)
 
     torch.set_num_threads(1)
     original = tiny.reference(folder)

@@ -1,0 +1,257 @@
+// What the library shows: the operators for ONNX Runtime (RegisterCustomOps), and plain calls for tests.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "int4.h"
+#include "onnxruntime.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+const int4::Isa kIsa = int4::best_isa();
+
+// Where a call of the interface fails, what it says is handed on.
+#define TRY(call)                               \
+  do {                                          \
+    if (ort::Status* status = (call)) return status; \
+  } while (false)
+
+ort::Status* input(const ort::Api& api, ort::KernelContext* context, size_t index, void** data,
+                   std::vector<int64_t>* dims) {
+  const ort::Value* value = nullptr;
+  TRY(api.KernelContext_GetInput(context, index, &value));
+  TRY(api.GetTensorMutableData(const_cast<ort::Value*>(value), data));
+  ort::Shape* shape = nullptr;
+  TRY(api.GetTensorTypeAndShape(value, &shape));
+  size_t count = 0;
+  ort::Status* status = api.GetDimensionsCount(shape, &count);
+  if (status == nullptr) {
+    dims->resize(count);
+    status = api.GetDimensions(shape, dims->data(), count);
+  }
+  api.ReleaseTensorTypeAndShapeInfo(shape);
+  return status;
+}
+
+template <typename F>
+ort::Status* parallel(const ort::Api& api, ort::KernelContext* context, size_t total, F run) {
+  if (total == 1) {
+    run(0);
+    return nullptr;
+  }
+  const auto call = [](void* data, size_t i) { (*static_cast<F*>(data))(i); };
+  return api.KernelContext_ParallelFor(context, call, total, 0, &run);
+}
+
+// ---- MatMulInt4: x [..., k] float32, packed weights uint8 [tiles, bytes] -> [..., n] float32
+
+struct MatMulInt4 {
+  const ort::Api* api;
+  int4::Shape shape;
+
+  static constexpr const char* kName = "MatMulInt4";
+  static constexpr size_t kInputs = 2;
+  static ort::Type type(size_t index) { return index == 0 ? ort::kFloat : ort::kUint8; }
+
+  ort::Status* create(const ort::KernelInfo* info) {
+    int64_t k = 0, n = 0, group = 0;
+    TRY(api->KernelInfoGetAttribute_int64(info, "K", &k));
+    TRY(api->KernelInfoGetAttribute_int64(info, "N", &n));
+    TRY(api->KernelInfoGetAttribute_int64(info, "block_size", &group));
+    if (k <= 0 || n <= 0 || group < 16 || group % 16 != 0 || k % group != 0) {
+      return api->CreateStatus("MatMulInt4: K must be a multiple of block_size, and that one of 16");
+    }
+    shape = {static_cast<int>(k), static_cast<int>(n), static_cast<int>(group)};
+    return nullptr;
+  }
+
+  ort::Status* compute(ort::KernelContext* context) const {
+    void *x = nullptr, *weights = nullptr, *y = nullptr;
+    std::vector<int64_t> dims, packed;
+    TRY(input(*api, context, 0, &x, &dims));
+    TRY(input(*api, context, 1, &weights, &packed));
+    if (dims.empty() || dims.back() != shape.k) return api->CreateStatus("MatMulInt4: the input's last size is not K");
+    if (packed.size() != 2 || packed[0] != shape.tiles() || packed[1] != static_cast<int64_t>(shape.tile_bytes())) {
+      return api->CreateStatus("MatMulInt4: the weights are not packed for this K, N and block_size");
+    }
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < dims.size(); i++) rows *= dims[i];
+    dims.back() = shape.n;
+    ort::Value* out = nullptr;
+    TRY(api->KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &out));
+    TRY(api->GetTensorMutableData(out, &y));
+    if (rows == 0) return nullptr;
+
+    const int m = static_cast<int>(rows), groups = shape.groups();
+    thread_local std::vector<int8_t> a;
+    thread_local std::vector<float> step;
+    thread_local std::vector<int32_t> offset;
+    a.resize(static_cast<size_t>(m) * shape.k);
+    step.resize(static_cast<size_t>(m) * groups);
+    offset.resize(static_cast<size_t>(m) * groups);
+    const int4::Rounded rounded{a.data(), step.data(), offset.data()};
+    const auto* from = static_cast<const float*>(x);
+    const size_t panels = (m + int4::kRows - 1) / int4::kRows;
+    const auto round = [&](size_t i) {
+      const int first = static_cast<int>(i) * int4::kRows;
+      int4::round_rows(kIsa, from, m, first, std::min(m, first + int4::kRows), shape, rounded);
+    };
+    if (m <= int4::kRows) {
+      round(0);
+    } else {
+      TRY(parallel(*api, context, panels, round));
+    }
+    // Small enough parts that threads end together, large enough that each reads memory in order for a while.
+    const int tiles = shape.tiles(), part = std::max(1, std::min(16, tiles / 16));
+    return parallel(*api, context, (tiles + part - 1) / part, [&](size_t i) {
+      const int first = static_cast<int>(i) * part;
+      int4::multiply(kIsa, rounded, m, shape, static_cast<const uint8_t*>(weights), first,
+                     std::min(tiles, first + part), static_cast<float*>(y));
+    });
+  }
+};
+
+// ---- PagedAttention: attention.h says what it takes, in the order q, k, v, k_pool, v_pool, starts, past, table
+
+struct PagedAttention {
+  const ort::Api* api;
+  attention::Batch batch;
+
+  static constexpr const char* kName = "PagedAttention";
+  static constexpr size_t kInputs = 8;
+  static ort::Type type(size_t index) {
+    if (index < 3) return ort::kFloat;
+    return index < 5 ? static_cast<ort::Type>(0) : ort::kInt32;  // pools: of either type
+  }
+
+  ort::Status* create(const ort::KernelInfo* info) {
+    int64_t kv_heads = 0, group = 0, width = 0, window = 0, bfloat16 = 0;
+    TRY(api->KernelInfoGetAttribute_int64(info, "kv_heads", &kv_heads));
+    TRY(api->KernelInfoGetAttribute_int64(info, "group", &group));
+    TRY(api->KernelInfoGetAttribute_int64(info, "head_dim", &width));
+    TRY(api->KernelInfoGetAttribute_int64(info, "sliding_window", &window));
+    TRY(api->KernelInfoGetAttribute_int64(info, "bfloat16", &bfloat16));
+    TRY(api->KernelInfoGetAttribute_float(info, "scale", &batch.scale));
+    if (kv_heads <= 0 || group <= 0 || width <= 0 || width > attention::kMaxWidth || window < 0) {
+      return api->CreateStatus("PagedAttention: heads of 1 to 256 numbers each");
+    }
+    batch.kv_heads = static_cast<int>(kv_heads);
+    batch.group = static_cast<int>(group);
+    batch.width = static_cast<int>(width);
+    batch.window = static_cast<int>(window);
+    batch.bfloat16 = bfloat16 != 0;
+    return nullptr;
+  }
+
+  ort::Status* compute(ort::KernelContext* context) const {
+    void* data[kInputs];
+    std::vector<int64_t> dims[kInputs];
+    for (size_t i = 0; i < kInputs; i++) TRY(input(*api, context, i, &data[i], &dims[i]));
+    attention::Batch b = batch;
+    b.q = static_cast<const float*>(data[0]);
+    b.k = static_cast<const float*>(data[1]);
+    b.v = static_cast<const float*>(data[2]);
+    b.k_pool = data[3];
+    b.v_pool = data[4];
+    b.starts = static_cast<const int32_t*>(data[5]);
+    b.past = static_cast<const int32_t*>(data[6]);
+    b.table = static_cast<const int32_t*>(data[7]);
+    b.sequences = static_cast<int>(dims[6][0]);
+    b.table_width = static_cast<int>(dims[7][1]);
+    if (dims[0].size() != 2 || dims[0][1] != static_cast<int64_t>(b.kv_heads) * b.group * b.width ||
+        dims[1][1] != static_cast<int64_t>(b.kv_heads) * b.width || dims[3][1] != b.kv_heads ||
+        dims[3][3] != attention::kBlock || dims[5][0] != b.sequences + 1) {
+      return api->CreateStatus("PagedAttention: sizes of the inputs do not fit each other");
+    }
+    void* out = nullptr;
+    ort::Value* value = nullptr;
+    TRY(api->KernelContext_GetOutput(context, 0, dims[0].data(), 2, &value));
+    TRY(api->GetTensorMutableData(value, &out));
+    b.out = static_cast<float*>(out);
+    attention::write(b, 0, static_cast<int>(dims[0][0]));
+    return parallel(*api, context, static_cast<size_t>(attention::tiles(b)) * b.kv_heads, [&](size_t i) {
+      attention::attend(kIsa, b, static_cast<int>(i) / b.kv_heads, static_cast<int>(i) % b.kv_heads);
+    });
+  }
+};
+
+// ---- an operator as ONNX Runtime wants it described
+
+template <typename Op>
+ort::CustomOp describe() {
+  ort::CustomOp op;
+  op.GetName = [](const ort::CustomOp*) { return Op::kName; };
+  op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };  // the CPU's
+  op.GetInputType = [](const ort::CustomOp*, size_t index) { return Op::type(index); };
+  op.GetInputTypeCount = [](const ort::CustomOp*) { return Op::kInputs; };
+  op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };   // required
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return 0; };  // required
+  op.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };       // the default
+  op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
+  op.GetEndVersion = [](const ort::CustomOp*) { return 0x7fffffff; };
+  op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
+    Op* made = new Op{api, {}};
+    ort::Status* status = made->create(info);
+    if (status != nullptr) {
+      delete made;
+    } else {
+      *kernel = made;
+    }
+    return status;
+  };
+  op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
+    return static_cast<const Op*>(kernel)->compute(context);
+  };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Op*>(kernel); };
+  return op;
+}
+
+const ort::CustomOp kMatMulInt4 = describe<MatMulInt4>();
+const ort::CustomOp kPagedAttention = describe<PagedAttention>();
+
+}  // namespace
+
+EXPORT ort::Status* RegisterCustomOps(ort::Session* options, const ort::ApiBase* base) {
+  const ort::Api* api = base->GetApi(ort::kVersion);
+  static ort::Domain* domain = nullptr;  // lives as long as the sessions that it is added to: as the process
+  static ort::Status* failed = nullptr;
+  static const bool once = [api] {
+    failed = api->CreateCustomOpDomain("medcompile.native", &domain);
+    if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kMatMulInt4);
+    if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kPagedAttention);
+    return true;
+  }();
+  static_cast<void>(once);
+  return failed != nullptr ? failed : api->AddCustomOpDomain(options, domain);
+}
+
+EXPORT int medcompile_best_isa() { return kIsa; }
+
+// x: [m, k]; y: [m, n]. One thread.
+EXPORT void medcompile_matmul_int4(int isa, const float* x, int m, int k, int n, int block_size, const uint8_t* weights,
+                                   float* y) {
+  const int4::Shape shape{k, n, block_size};
+  std::vector<int8_t> a(static_cast<size_t>(m) * k);
+  std::vector<float> step(static_cast<size_t>(m) * shape.groups());
+  std::vector<int32_t> offset(step.size());
+  const int4::Rounded rounded{a.data(), step.data(), offset.data()};
+  int4::round_rows(static_cast<int4::Isa>(isa), x, m, 0, m, shape, rounded);
+  int4::multiply(static_cast<int4::Isa>(isa), rounded, m, shape, weights, 0, shape.tiles(), y);
+}
+
+EXPORT void medcompile_paged_attention(int isa, const float* q, const float* k, const float* v, void* k_pool,
+                                       void* v_pool, int bfloat16, const int32_t* starts, const int32_t* past,
+                                       const int32_t* table, int sequences, int table_width, int kv_heads, int group,
+                                       int width, int window, float scale, float* out) {
+  const attention::Batch batch{q,     k,         v,           k_pool,   v_pool, bfloat16 != 0, starts, past,
+                               table, sequences, table_width, kv_heads, group,  width,         window, scale, out};
+  attention::write(batch, 0, starts[sequences]);
+  for (int tile = 0; tile < attention::tiles(batch); tile++) {
+    for (int head = 0; head < kv_heads; head++) attention::attend(static_cast<int4::Isa>(isa), batch, tile, head);
+  }
+}

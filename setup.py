@@ -1,0 +1,27 @@
+"""The compiled kernels (medcompile/kernels/native): optional, so that an installation without a compiler goes on.
+
+All else is in pyproject.toml.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+NATIVE = Path("medcompile/kernels/native")
+
+setup(
+    ext_modules=[
+        # Not a Python module but a plain library, which ONNX Runtime opens.
+        Extension(
+            "medcompile.kernels.native._library",
+            [str(NATIVE / name) for name in ("int4.cpp", "attention.cpp", "library.cpp")],
+            depends=[str(NATIVE / name) for name in ("int4.h", "attention.h", "onnxruntime.h")],
+            extra_compile_args=[
+                *("-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+                *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # of the compiler's own headers
+            ],
+            language="c++",
+            optional=True,
+        )
+    ]
+)
