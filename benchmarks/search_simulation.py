@@ -51,7 +51,8 @@ def confirmed(row: Row, seed: int) -> tuple[bool, int]:
     errors = {f"layer.{i}": 0.001 * (i + 1) for i in range(LAYERS)}
     items = {"tuning": row.tuning, "acceptance": row.acceptance}
     margins = (Margin("accuracy", row.margin),)
-    bench = PlantedBench(errors, items, margins, seed=seed, true_drop=row.drop, noise=NOISE, flattered=row.flattered)
+    drop, flattered = row.drop, row.flattered
+    bench = PlantedBench(errors, items, margins, True, (), seed, drop, NOISE, flattered, quick=True)
     found = searcher(bench, looks=row.looks).run()
     below = bool(found.chosen) and set(found.point(found.chosen).formats) != {"float"}
     return below, len(found.looks)

@@ -6,6 +6,7 @@ What is tried next, and why, is search's; where the steps of a build come from i
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -177,7 +178,7 @@ class Bench:
         yardstick = self.yardstick
         beside = self._made(yardstick[0]) if yardstick else made
         typed = [self.shop.lowered(v).key for v in (variant, yardstick[0] if yardstick else variant)]
-        parts = (typed, variant, yardstick and yardstick[0], self.target, self.objective, self.shop.graphs)
+        parts = (typed, variant, yardstick and yardstick[0], self.target, self.objective, self.shop.graphs, _one_core())
 
         def fill(folder: Path) -> None:
             times = {
@@ -186,7 +187,7 @@ class Bench:
             }
             (folder / "times.json").write_text(json.dumps(times), encoding="utf-8")
 
-        step = self.shop.steps.run(f"time {variant.name} on {self.target.name}", cache.key("timed", 2, parts), fill)
+        step = self.shop.steps.run(f"time {variant.name} on {self.target.name}", cache.key("timed", 3, parts), fill)
         times: dict[str, list[float]] = json.loads((step.folder / "times.json").read_text(encoding="utf-8"))
         if yardstick is None:
             self.yardstick = (variant, {graph: own for graph, (own, _) in times.items()})
@@ -266,12 +267,13 @@ class Bench:
                 if turn == 0 or time.perf_counter() - warm < _MANY_S:
                     for run in runs:
                         run()
+            clock = time.process_time if _one_core() else time.perf_counter
             started = time.perf_counter()
             while more_turns(len(times[0]), time.perf_counter() - started):
                 for run, taken in zip(runs, times, strict=True):
-                    start = time.perf_counter()
+                    start = clock()
                     run()
-                    taken.append(time.perf_counter() - start)
+                    taken.append(clock() - start)
         rows = 1 if self.objective == "latency" else profile.axes[0].opt
         typical = [undisturbed(taken) * 1000 / rows for taken in times]
         return typical[0], typical[-1]
@@ -292,8 +294,13 @@ def more_turns(taken: int, seconds: float) -> bool:
 
 
 def undisturbed(taken: Sequence[float]) -> float:
-    """The lower quartile: what others on the machine do to a run only ever adds to its time."""
-    return sorted(taken)[len(taken) // 4]
+    """The tenth percentile: what others on the machine do to a run only ever adds to its time."""
+    return sorted(taken)[len(taken) // 10]
+
+
+def _one_core() -> bool:
+    """Whether a run has one thread: then its CPU time is its time, without what others on the machine take from it."""
+    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
 
 
 def _groups(model: ir.Model) -> Iterator[dict[str, int]]:

@@ -20,14 +20,16 @@ from typing import Protocol
 from medcompile.errors import BackendError, QuantizeError
 from medcompile.search.cost import FLOAT, CostModel, Shares, assumed, fitted
 from medcompile.search.line import Assignment, Group, Option, line, predicted_error
+from medcompile.search.looks import at_looks, chance_to_pass, error_to_pass, promising
 from medcompile.search.menu import Menu
 from medcompile.search.record import Alternative, LayerChoice, Look, Point, Search
-from medcompile.spec import Evidence, Margin, Variant, Verdict
+from medcompile.spec import Evidence, Variant, Verdict
+
+__all__ = ["Searcher", "Workbench", "at_looks", "told_way"]
 
 _WORTH = 0.01  # a saving below this share is not worth another point: measured times differ by as much
 _BACK = 0.5  # where tuning data refuses what a look asked for, how far along what is left of the line to go
-_ROOM, _LAST_ROOM = 0.9, 0.7  # the part of a margin that the next look's point may be expected to use
-_MOST_SHARE = 0.95
+_CHANCE, _SAVING = 0.25, 0.03  # a look that can be spared goes to a point that may pass, if it saves so much
 
 
 class Workbench(Protocol):
@@ -60,52 +62,6 @@ class Workbench(Protocol):
 
     def tuning(self, variant: Variant) -> tuple[Evidence, ...]: ...
     def acceptance(self, variant: Variant) -> tuple[Evidence, ...]: ...
-
-
-def at_looks(margins: Sequence[Margin], looks: int) -> tuple[Margin, ...]:
-    """The margins at the confidence that each of so many looks needs, so that all together err as one would have.
-
-    Source: Bonferroni.
-    """
-    return tuple(replace(m, confidence=1.0 - (1.0 - m.confidence) / looks) for m in margins)
-
-
-def promising(evidence: Sequence[Evidence], growth: float) -> str:
-    """Empty if a point is more likely than not to pass the acceptance test, else why not, in words.
-
-    What was lost on the tuning data is taken for the truth; the acceptance data's interval for what it will be narrower
-    or wider by having growth times as many items.
-    """
-    for e in evidence:
-        if e.margin is None:
-            continue
-        if e.verdict is Verdict.INFERIOR or not math.isfinite(e.difference):
-            return f"{e.metric} is inferior on the tuning data"
-        expected = e.difference - (e.difference - e.lower) / math.sqrt(growth)
-        if expected <= -e.margin:
-            return f"{e.metric} moved by {e.difference:+.4f}, which would not be shown to be within {e.margin:g}"
-    return ""
-
-
-def error_to_pass(evidence: Sequence[Evidence], *, last: bool) -> float:
-    """After a look that failed: the share of the point's error at which it would have passed, below 1.
-
-    What is lost is taken to fall with the error, and the width of its interval, which counts changed answers, with the
-    error's root. Some of the margin is left for what the next point does otherwise; more before the last look.
-    """
-    share = 1.0
-    for e in evidence:
-        if e.margin is None or e.verdict is Verdict.NON_INFERIOR:
-            continue
-        room, loss, width = e.margin * (_LAST_ROOM if last else _ROOM), max(-e.difference, 0.0), e.difference - e.lower
-        if not (math.isfinite(loss) and math.isfinite(width)):
-            return 0.0
-        # loss s + width sqrt(s) = room
-        if loss > 1e-12:
-            share = min(share, ((math.sqrt(width**2 + 4 * loss * room) - width) / (2 * loss)) ** 2)
-        elif width > 0:
-            share = min(share, (room / width) ** 2)
-    return min(share, _MOST_SHARE)
 
 
 @dataclass(frozen=True)
@@ -271,11 +227,12 @@ class Searcher:
             self._try(on.menu, found.point.name, found.assignment, on.ways, judge=True, on=on)
 
     def _within_reach(self, on: _Line) -> bool:
-        """Whether the safe end of the line passes: where it does not, what lies between is not worth judging."""
+        """Whether data can show the budget to be kept at all: where it can't of all in float, whose every answer is the
+        original's, nothing else is worth judging."""
         found = self._at(on, len(on.assignments) - 1)
-        if found is None or found.point.passed is None or found.point.passed:
+        if found is None or found.point.passed is not False or any(e.discordant for e in found.point.tuning):
             return True
-        self.note(f"{on.menu.name}: not even {FLOAT} would pass: {found.point.why}; more items are needed")
+        self.note(f"{on.menu.name}: not even {FLOAT}, which answers as the original does, would pass: too few items")
         return False
 
     def _at(self, on: _Line, place: int) -> _Tried | None:
@@ -376,7 +333,7 @@ class Searcher:
         """The first point that the acceptance data confirms. After one that fails come those with less error."""
         if not any(t.point.passed for t in self.tried.values()):
             self.note("no point passed on the tuning data; the most exact one is tested all the same")
-        candidate = self.best() or self._most_exact()
+        candidate = self._bold() or self.best() or self._most_exact()
         while candidate is not None and len(self.looks) < self.most_looks:
             number = len(self.looks) + 1
             self.told(f"{candidate.point.name}: look {number} of at most {self.most_looks} at the acceptance data")
@@ -390,6 +347,20 @@ class Searcher:
             self.note(f"{candidate.point.name} is not confirmed by the acceptance data (look {number})")
             candidate = self._next(candidate)
         return None
+
+    def _bold(self) -> _Tried | None:
+        """Where looks can be spared: the cheapest point that tuning data refused by so little that chance may have."""
+        best = self.best()
+        if best is None or self.most_looks < 2:
+            return None
+        saving = (t for t in self.tried.values() if t.point.passed is False and _cost(t) < (1 - _SAVING) * _cost(best))
+        bold = (t for t in saving if chance_to_pass(t.point.tuning, self.growth) >= _CHANCE)
+        found = min(bold, key=_cost, default=None)
+        if found is not None:
+            self.note(
+                f"{found.point.name} is looked at first: on the tuning data it missed by no more than chance may do"
+            )
+        return found
 
     def _most_exact(self) -> _Tried | None:
         judged = [t for t in self.tried.values() if t.point.passed is not None]
