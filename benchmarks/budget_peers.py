@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,21 @@ class Contender:
             assert isinstance(second, Path)
             return sum(path.stat().st_size for path in files(first, second, graph))
         assert not isinstance(second, Path)
-        folder = first.folder_of(next(a for a in second if a.graph == graph))
-        loaded = [path for path in first.under(folder) if not path.endswith((".blob", ".machine"))]
-        return sum(first.files[path].size for path in loaded)  # without what OpenVINO compiled for this machine alone
+        return sum(first.files[path].size for path in self._loaded(first, second, graph))
+
+    def digest(self) -> str:
+        """Of a bundle's: equal for those that are loaded from the same bytes, as searches for two margins may find."""
+        first, second = self.source
+        assert isinstance(first, Bundle)
+        assert not isinstance(second, Path)
+        paths = [path for a in second for path in self._loaded(first, second, a.graph)]
+        return "".join(first.files[path].sha256 for path in paths)
+
+    @staticmethod
+    def _loaded(found: Bundle, artifacts: tuple[Artifact, ...], graph: str) -> list[str]:
+        """Without what OpenVINO compiled for this machine alone."""
+        folder = found.folder_of(next(a for a in artifacts if a.graph == graph))
+        return [path for path in found.under(folder) if not path.endswith((".blob", ".machine"))]
 
 
 def contenders(model: Model, places: Places, also: list[str]) -> dict[str, Contender]:
@@ -123,7 +135,9 @@ def contenders(model: Model, places: Places, also: list[str]) -> dict[str, Conte
     for words in also:
         name, _, path = words.partition("=")
         searched = _of_bundle(name, bundle.read(path, check=False))
-        found += [c for c in searched if not c.name.startswith(f"{name} fp32,")]
+        for contender in [c for c in searched if not c.name.startswith(f"{name} fp32,")]:
+            first = seen.setdefault(contender.digest(), contender.name)
+            found.append(replace(contender, same=first if first != contender.name else ""))
     return {contender.name: contender for contender in found}
 
 

@@ -114,6 +114,7 @@ def rows(model: Model, places: Places) -> Iterator[dict[str, Any]]:
             if own is None or "latency_ms" not in own:
                 continue
             inside = [r for r in others if r["verdicts"][margin] == "non-inferior"]
+            name_timed = own["same"] or own["name"]
             library = found.target.partition("-")[0]
             best = min(inside, key=_ms, default=None)
             same = min((r for r in inside if _library(r["name"]) == library), key=_ms, default=None)
@@ -126,13 +127,13 @@ def rows(model: Model, places: Places) -> Iterator[dict[str, Any]]:
                 "looks": f"{len(found.looks)} of {found.most_looks}",
                 "ms": _ms(own),
                 "mb": sum(own["size_bytes"].values()) / 1e6,
-                "to_fp32": statistics.median(_ratios(times, own["name"], "medcompile fp32, openvino")),
+                "to_fp32": statistics.median(_ratios(times, name_timed, "medcompile fp32, openvino")),
                 "verdict": own["verdicts"][margin],
                 "seconds": found.seconds,
                 "best": best["name"] if best else "none",
-                "to_best": statistics.median(_ratios(times, own["name"], best["name"])) if best else None,
+                "to_best": statistics.median(_ratios(times, name_timed, best["name"])) if best else None,
                 "same": same["name"] if same else "none",
-                "to_same": statistics.median(_ratios(times, own["name"], same["name"])) if same else None,
+                "to_same": statistics.median(_ratios(times, name_timed, same["name"])) if same else None,
             }
 
 
