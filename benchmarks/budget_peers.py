@@ -378,7 +378,11 @@ def table(model: Model, places: Places, also: list[str]) -> list[str]:
                 f"| {name} | {graph} | {g['value']:.5f} | {g['difference']:+.5f} | {g['lower']:+.5f} "
                 f"| {marks} | {ms} | {ratio} | {size} | {seconds} |"
             )
-    return [*lines, "", *(f"Not made: {name}: {why}" for name, why in unmade.items()), ""]
+    lines += ["", *(f"Not made: {name}: {why}" for name, why in unmade.items())]
+    folder = places.of(model) / "judged"
+    there = contenders(model, places, also).items()
+    missing = [name for name, c in there if not (folder / f"{_file_name(c.same or name)}.json").is_file()]
+    return [*lines, *([f"Made, but not judged yet: {'; '.join(missing)}."] if missing else []), ""]
 
 
 def _timed_how(model: Model, places: Places) -> str:
