@@ -197,7 +197,9 @@ def make_one(model: Model, places: Places, name: str) -> None:
 # ---- judge
 
 
-def judge_all(model: Model, places: Places, again: list[str], cpus: list[int], also: list[str]) -> None:
+def judge_all(
+    model: Model, places: Places, again: list[str], cpus: list[int], also: list[str], only: str | None
+) -> None:
     found = bundle.read(places.of(model) / "bundle")
     questions = Questions(model, places, found)
     trials = {graph: verify.trial(found, graph, questions.acceptance) for graph in found.graphs}
@@ -205,7 +207,7 @@ def judge_all(model: Model, places: Places, again: list[str], cpus: list[int], a
     folder.mkdir(exist_ok=True)
     for name, contender in contenders(model, places, also).items():
         path = folder / f"{_file_name(name)}.json"
-        if contender.same or (path.is_file() and name not in again):
+        if contender.same or (path.is_file() and name not in again) or name != (only or name):
             continue
         start = time.perf_counter()
         executors = contender.executors(found.graphs, len(cpus))
@@ -453,7 +455,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--made")
-    parser.add_argument("--contender")
+    parser.add_argument("--contender", help="judge this one alone")
     given = parser.parse_args()
     whole = [p.resolve() if p else None for p in (given.models, given.data)]
     places = Places(given.folder.resolve(), *whole)
@@ -468,7 +470,7 @@ def main() -> None:
         elif given.step == "one":
             make_one(model, places.prepared(), given.made)
         elif given.step == "judge":
-            judge_all(model, places.prepared(), given.again, given.cpus, given.also)
+            judge_all(model, places.prepared(), given.again, given.cpus, given.also, given.contender)
         elif given.step == "time":
             time_all(model, places, given.rounds, given.also, given.cpus)
         else:
