@@ -23,7 +23,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml setup.py $(wildcard medcompile/kernels/native/*.cpp medcompile/kernels/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e ".[cpu,openvino,rtx,build,dicom,constrained,dev]"

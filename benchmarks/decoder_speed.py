@@ -84,10 +84,15 @@ def worker(folder: Path, target: str, variant: str, threads: int, step_tokens: i
         requests = [generator.submit(ids.tolist(), asked) for ids in prompts]
         while any(r.sequence.length == r.sequence.prompt_length for r in requests):
             generator.step()
-        first, before = time.perf_counter(), generator.stats.steps
-        while generator.step():
-            pass
-        return first - start, (time.perf_counter() - first) / max(generator.stats.steps - before, 1)
+        first, steps = time.perf_counter(), 0
+        # Prompts end their prefill in different steps: only those in which all of them decode are counted.
+        while tokens and all(r.finish_reason is None for r in requests):
+            generator.step()
+            steps += 1
+        last = time.perf_counter()
+        for request in requests:
+            generator.cancel(request)
+        return first - start, (last - first) / max(steps, 1)
 
     print("ready", flush=True)
     decoder_peers.answer(run)

@@ -42,7 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at the machine, the libraries that build, every backend's targets, the cache and the hub's settings."""
-    return [_cpu(), _memory(), _build(), *_targets(), _cache(), _hub()]
+    return [_cpu(), _memory(), _build(), _kernels(), *_targets(), _cache(), _hub()]
 
 
 def machine() -> str:
@@ -89,6 +89,15 @@ def _build() -> Finding:
         return Finding("build", False, f"missing: {', '.join(missing)}", 'pip install "medcompile[build]"')
     versions = (f"{dist} {importlib.metadata.version(dist)}" for dist in ("torch", "transformers", "onnx-ir"))
     return Finding("build", True, f"recipes can be built here ({', '.join(versions)})")
+
+
+def _kernels() -> Finding:
+    from medcompile.kernels import native
+
+    try:
+        return Finding("kernels", True, f"medcompile's own for decoders on onnxruntime-cpu, {native.instruction_set()}")
+    except BackendUnavailable as error:
+        return Finding("kernels", False, error.message, error.fix)
 
 
 def _targets() -> list[Finding]:

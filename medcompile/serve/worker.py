@@ -3,7 +3,7 @@
 FD is its socket to the server; the model's name is there for whoever lists processes.
 
 It loads the bundle, says that it is ready, and answers what comes until the server is gone. The model's work is in
-worker_decoder.py and worker_encoder.py; here is what both need: reading requests, sending answers, telling errors.
+worker_decoder.py and worker_encoder.py; here requests are read, and errors told.
 Nothing that a client sent is ever printed, and a crash leaves no dump of memory.
 """
 
@@ -14,59 +14,18 @@ import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
-from medcompile.errors import MedcompileError, UsageError
+from medcompile.errors import MedcompileError
 from medcompile.runtime.session import GENERATE, Session, load
 from medcompile.serve import logs
-from medcompile.serve.failures import sent
-from medcompile.serve.frames import Frame, packed, received
+from medcompile.serve.desk import Desk, Line
+from medcompile.serve.frames import Frame, received
 from medcompile.serve.private import no_dumps
 
 log = logging.getLogger("medcompile.serve.worker")
-
-
-class Desk(Protocol):
-    """What answers requests: a decoder's or an encoder's. Called from the one thread that reads the socket."""
-
-    def facts(self) -> dict[str, Any]:
-        """What the server should know of the model."""
-
-    def take(self, frame: Frame, *, alone: bool) -> None:
-        """Begin with a request; its answer is sent when it is there. Raises what is wrong with it.
-
-        alone: no other request came with it.
-        """
-
-    def cancel(self, number: int) -> None:
-        """Forget a request. Nothing happens for one that is answered."""
-
-    def stats(self) -> dict[str, Any]: ...
-
-    def close(self) -> None: ...
-
-
-class Line:
-    """The way to the server; threads may share it."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-
-    def send(self, *frames: tuple[Mapping[str, Any], bytes | memoryview]) -> None:
-        """All of them at once. A server that is gone needs no answer."""
-        data = b"".join(packed(header, body) for header, body in frames)
-        with self._lock:
-            try:
-                self._connection.sendall(data)
-            except OSError:
-                os._exit(0)  # the server is gone, and whatever runs here runs for nobody
-
-    def fail(self, number: int, error: BaseException) -> None:
-        self.send(({"id": number, "error": sent(error)}, b""))
 
 
 def main(descriptor: int) -> None:
@@ -133,13 +92,6 @@ def _desk(session: Session, line: Line, told: Mapping[str, Any]) -> Desk:
     from medcompile.serve.worker_encoder import EncoderDesk
 
     return EncoderDesk(session, line, told["text_tokens"])
-
-
-def unknown(op: str, session: Session) -> UsageError:
-    return UsageError(
-        f"{session.bundle.name} does not do this ({op}); its tasks are: {', '.join(session.bundle.tasks)}",
-        fix="ask another model; /v1/models tells each one's tasks",
-    )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from medcompile.runtime.deadlines import Priority
 from medcompile.runtime.request import Chunk, Request
 from medcompile.runtime.sampling import Sampling, TokenLogprob
 from medcompile.runtime.session import Session
+from medcompile.serve.desk import Desk, Line, unknown
 from medcompile.serve.frames import Frame
-from medcompile.serve.worker import Desk, Line, unknown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -22,9 +22,9 @@ from medcompile.runtime.deadlines import PATIENCES, Priority
 from medcompile.runtime.flow import default_threads
 from medcompile.runtime.session import Session
 from medcompile.runtime.text import checked
+from medcompile.serve.desk import Desk, Line, unknown
 from medcompile.serve.frames import Frame
 from medcompile.serve.lanes import Item, Job, Waiting
-from medcompile.serve.worker import Desk, Line, unknown
 
 if TYPE_CHECKING:
     from medcompile.runtime.text import TextAssets

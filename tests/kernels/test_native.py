@@ -18,7 +18,7 @@ if not native.available():
     pytest.skip("medcompile was installed without a C++ compiler", allow_module_level=True)
 
 LIBRARY: Any = ctypes.CDLL(str(native.library()))
-SETS = ["any processor", "AVX2", "AVX-512 VNNI"][: LIBRARY.medcompile_best_isa() + 1]
+SETS = native.INSTRUCTION_SETS[: LIBRARY.medcompile_best_isa() + 1]
 every_set = pytest.mark.parametrize("isa", range(len(SETS)), ids=SETS)
 
 

@@ -7,6 +7,7 @@ Here is where the library is, and how weights are laid out for it; int4.h says w
 
 from __future__ import annotations
 
+import ctypes
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,8 @@ GROUP = 16
 """What a block of MatMulInt4's weights is a multiple of."""
 COLUMNS = 32
 """Columns in a tile of packed weights."""
+INSTRUCTION_SETS = ("for any processor", "AVX2", "AVX-512 VNNI")
+"""By the library's numbers for them."""
 
 
 @cache
@@ -49,6 +52,11 @@ def available() -> bool:
     except BackendUnavailable:
         return False
     return True
+
+
+def instruction_set() -> str:
+    """The best of the library's that this processor has. Raises BackendUnavailable where there is no library."""
+    return INSTRUCTION_SETS[ctypes.CDLL(str(library())).medcompile_best_isa()]
 
 
 def pack(weight: Array, scale: Array) -> Array:
