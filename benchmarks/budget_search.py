@@ -192,7 +192,8 @@ def table(models: list[Model], places: Places) -> list[str]:
             lines += ["", f"From empty caches, one target: plain int8 build {told['plain']:.0f} s, search "]
             lines[-1] += f"{told['search']:.0f} s: {told['search'] / told['plain']:.1f} times as long."
         lines.append("")
-    return lines
+    missing = [name for name in MODELS if name not in {model.name for model in models}]
+    return [*lines, *([f"Not compared yet: {', '.join(missing)}."] if missing else [])]
 
 
 def _told(ratio: float | None) -> str:
