@@ -142,7 +142,9 @@ def _onnxruntime(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:
     }
     if objective == "size":
         formats |= {"int4-g32": _weight_only(base, "int4-g32", ("awq", "gptq", "rtn"), 32)}
-    return (Menu("float32", base, formats),)
+    # Rescaling a tensor that other nodes read too is an operator of its own here, which small models feel.
+    unscaled = {**formats, "int8": tuple(way for way in formats["int8"] if way.method == "rtn")}
+    return (Menu("float32", base, formats), Menu("float32, unscaled", base, unscaled))
 
 
 def _tensorrt(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:

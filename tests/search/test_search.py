@@ -7,8 +7,9 @@ import pytest
 from medcompile.search.cost import CostModel, assumed, fitted, scaled
 from medcompile.search.line import Option, hull, line
 from medcompile.search.looks import at_looks, error_to_pass, promising
+from medcompile.search.menu import menus
 from medcompile.search.record import read, write
-from medcompile.spec import Margin, Variant, Verdict
+from medcompile.spec import Margin, Target, Variant, Verdict
 from tests.search.planted import PlantedBench, searcher
 
 GOOD = {f"layer.{i}": 0.0005 for i in range(12)}
@@ -185,3 +186,11 @@ def test_after_a_look_that_failed_by_little_the_next_point_is_only_a_little_safe
     assert error_to_pass([far], last=False) < 0.3
     share = error_to_pass([short], last=False)
     assert 0.005 * share + 0.016 * share**0.5 == pytest.approx(0.9 * 0.02)
+
+
+def test_onnxruntime_may_leave_activations_unscaled_where_rescaling_costs_time() -> None:
+    target = Target("onnxruntime-cpu", "onnxruntime", "cpu", "x86_64", "linux", "1")
+    scaled_too, unscaled = menus(target, ["float32"], "latency", decoder=False)
+    assert {way.method for way in scaled_too.formats["int8"]} == {"smoothquant", "rtn"}
+    assert {way.method for way in unscaled.formats["int8"]} == {"rtn"}
+    assert scaled_too.base == unscaled.base
