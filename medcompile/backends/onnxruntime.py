@@ -133,6 +133,8 @@ class OnnxRuntimeBackend:
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
         if own:
             (out / "model.onnx").rename(out / _NATIVE_DECODER)
+        else:
+            _forget_domain(out / "model.onnx", native.DOMAIN)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
         # The library fuses weights alone into a product that has this setting.
         named = tuple(f"{name}={value}" for name, value in settings.items()) if own or variant.any_weight_only else ()
@@ -237,6 +239,17 @@ def _load_options(threads: int | None) -> ort.SessionOptions:
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     return options
+
+
+def _forget_domain(path: Path, domain: str) -> None:
+    """Leave a stored graph as a process stores it that never knew of domain: the library lists all that it has met."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    kept = [entry for entry in model.opset_import if entry.domain != domain]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _library() -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,27 @@ def test_copied_blocks_go_on_as_their_source_does(tmp_path: Path) -> None:
     both = model.step(step_batch([(np.array([9]), 20, 1)] * 2, [np.array([3]), np.array([5])], 32))
     np.testing.assert_array_equal(both[0], both[1])
     assert np.abs(both[0]).max() > 0.1
+
+
+def test_a_graph_without_our_kernels_is_stored_alike_before_and_after_they_were_opened(tmp_path: Path) -> None:
+    """ONNX Runtime remembers an operator library's domain for as long as the process lives."""
+    program = (
+        "import sys; from pathlib import Path; from tests.backends.test_onnxruntime_native import store;"
+        " store(Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "fresh")], check=True)
+    variant = Variant("narrow", compute=NARROW)
+    (tmp_path / "ours").mkdir()
+    BACKEND.load_decoder(built(tmp_path / "ours", variant), variant, 1, 8).close()
+    store(tmp_path / "here")
+    assert (tmp_path / "here/out/model.onnx").read_bytes() == (tmp_path / "fresh/out/model.onnx").read_bytes()
+
+
+def store(folder: Path) -> None:
+    (folder / "out").mkdir(parents=True)
+    spec = decoders.write(folder / "typed.onnx", LAYERS, dtype="FLOAT")
+    variant = Variant("fp32", compute={"kernels": "onnxruntime"})
+    BACKEND.build(folder / "typed.onnx", spec, variant, TARGET, folder / "out")
 
 
 def test_kernels_that_nobody_has_are_refused(tmp_path: Path) -> None:
