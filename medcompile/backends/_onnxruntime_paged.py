@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcompile.errors import BackendError
+from medcompile.backends._onnxruntime_step import POOLS, BoundStepModel
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -21,26 +21,19 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 BLOCK_SIZE = 32
-_POOLS = ("k_pool.", "v_pool.")
 _CONTEXT, _BIAS = "context.", "bias."
 # What a tile costs beside its queries, in queries: gathering its context, and packing it for a product.
 _TILE_COST = 8
 
 
-class OnnxRuntimeStepModel:
-    """One decoder's session, and pools of so many blocks. Not thread-safe: a scheduler steps it alone."""
+class OnnxRuntimeStepModel(BoundStepModel):
+    """A decoder of standard operators, over tiles of the batch."""
 
     def __init__(self, session: ort.InferenceSession, *, blocks: int, block_size: int = BLOCK_SIZE) -> None:
-        self.blocks = blocks
-        self.block_size = block_size
-        self.vocabulary = int(session.get_outputs()[0].shape[1])
-        self._session: ort.InferenceSession | None = session
-        self._binding = session.io_binding()
-        self._inputs = {node.name for node in session.get_inputs()}
-        self._pools: list[Array] = []
+        super().__init__(session, blocks=blocks, block_size=block_size)
         self._windows: list[int] = []
         for node in session.get_inputs():
-            if node.name.startswith(_POOLS):
+            if node.name.startswith(POOLS):
                 _, self._kv_heads, _, head_dim = node.shape
                 # Takes memory as blocks are written. Zeros, for what a mask hides is multiplied all the same.
                 pool = np.zeros((blocks, self._kv_heads, block_size, head_dim), np.float32)
@@ -51,36 +44,8 @@ class OnnxRuntimeStepModel:
             elif node.name.startswith(_CONTEXT):
                 self._windows.append(int(node.name.removeprefix(_CONTEXT)))
 
-    @property
-    def pool_bytes(self) -> int:
-        """Of all blocks of all layers."""
-        return sum(pool.nbytes for pool in self._pools)
-
-    def step(self, batch: StepBatch) -> Array:
-        """Compute the batch's new tokens. Returns float32 logits [rows, vocabulary]."""
-        if self._session is None:
-            raise BackendError("this decoder is closed", fix="load the bundle again")
-        feeds = layout(batch, self.block_size, self._kv_heads, self._windows)
-        for name in feeds.keys() & self._inputs:
-            self._binding.bind_cpu_input(name, feeds[name])
-        logits = np.empty((len(batch.logit_rows), self.vocabulary), np.float32)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except RuntimeError as error:
-            raise BackendError(f"ONNX Runtime failed: {str(error).strip().partition(chr(10))[0]}") from error
-        return logits
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, source to destination, in every layer. Pairs are copied in order."""
-        for source, destination in pairs:
-            for pool in self._pools:
-                pool[destination] = pool[source]
-
-    def close(self) -> None:
-        self._session = None
-        self._binding = None
-        self._pools = []
+    def _feeds(self, batch: StepBatch) -> dict[str, Array]:
+        return layout(batch, self.block_size, self._kv_heads, self._windows)
 
 
 def layout(batch: StepBatch, block_size: int, kv_heads: int, windows: Sequence[int]) -> dict[str, Array]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medcompile.commands.options import Threads
+from medcompile.commands.options import Threads, named_bundle
 from medcompile.errors import BackendUnavailable, UsageError
 
 if TYPE_CHECKING:
     from medcompile.serve.engines import Engines
-    from medcompile.serve.settings import Audit, Cache, Model, Scrub, Tls
+    from medcompile.serve.settings import Audit, Cache, Scrub, Tls
 
 _SAFETY, _LIMITS, _ANSWERS, _WATCH = "Who may ask", "Limits", "Answers kept", "Watching"
 _SCRUB = "Patients' identifiers"
@@ -102,7 +102,7 @@ def serve(
         from medcompile.serve.bodies import BodyLimits
         from medcompile.serve.connections import ConnectionLimits
         from medcompile.serve.guard import Rules
-        from medcompile.serve.settings import Limits, Logging, Settings
+        from medcompile.serve.settings import Limits, Logging, Model, Settings
     except ImportError as error:
         raise BackendUnavailable(f"serving needs {error.name}", fix='pip install "medcompile[serve]"') from None
 
@@ -128,18 +128,8 @@ def serve(
         logging=Logging(log_level.upper(), log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())),
         limits=Limits(queue=queue, timeout_s=timeout_s),
     )
-    models = [_model(told, backend, variant, threads, kv_blocks) for told in bundles]
+    models = [Model(path, name, backend, variant, threads, kv_blocks) for name, path in map(named_bundle, bundles)]
     server.run(settings, models, _listening, _status if sys.stderr.isatty() else None)
-
-
-def _model(told: str, backend: str, variant: str, threads: int | None, kv_blocks: int | None) -> Model:
-    """name=folder, or a folder alone."""
-    from medcompile.serve.settings import Model
-
-    name, equals, path = told.partition("=")
-    if not equals or "/" in name or Path(told).exists():
-        name, path = "", told
-    return Model(Path(path), name, backend, variant, threads, kv_blocks)
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> Tls | None:

@@ -49,7 +49,7 @@ def _attention(model: ir.Model, node: ir.Node, kv: Float) -> None:
     k_pool, v_pool = paged.bind_pools(model, node, kv, (kv_heads, native.ATTENTION_BLOCK, head_dim))
     blocks = k_pool.shape[0] if k_pool.shape else None
     k_pool.shape = ir.Shape([blocks, kv_heads, head_dim, native.ATTENTION_BLOCK])  # keys stand in columns
-    rows = [_as_float32(model, node, index) for index in range(3)]
+    rows = [paged.as_float32(model, node, index) for index in range(3)]
     attributes = {
         "kv_heads": kv_heads,
         "group": heads // kv_heads,
@@ -60,10 +60,7 @@ def _attention(model: ir.Model, node: ir.Node, kv: Float) -> None:
     }
     inputs = [*rows, k_pool, v_pool, *node.inputs[5:8]]
     out = insert(model, node, "PagedAttention", inputs, f"{node.name}/native", attributes, native.DOMAIN)
-    result = node.outputs[0]
-    if (dtype := result.dtype) is not None and dtype != ir.DataType.FLOAT:
-        out = insert(model, node, "Cast", [out], f"{node.name}/cast", {"to": int(dtype)})
-    replace(result, out)
+    replace(node.outputs[0], paged.as_result(model, node, out))
 
 
 def _product(model: ir.Model, node: ir.Node) -> bool:
@@ -84,24 +81,8 @@ def _product(model: ir.Model, node: ir.Node) -> bool:
         return False
     packed = native.pack(values.astype(np.int8), scales.astype(np.float32))
     name = node.name or str(node.outputs[0].name)
-    x = node.inputs[0]
-    narrow = x.dtype not in (None, ir.DataType.FLOAT)
-    if narrow:
-        x = insert(model, node, "Cast", [x], f"{name}/float32", {"to": int(ir.DataType.FLOAT)})
     attributes = {"K": values.shape[0], "N": values.shape[1], "block_size": block}
-    inputs: list[ir.Value | None] = [x, constant(model, f"{weight.name}/packed", packed)]
+    inputs = [paged.as_float32(model, node, 0), constant(model, f"{weight.name}/packed", packed)]
     out = insert(model, node, "MatMulInt4", inputs, f"{name}/native", attributes, native.DOMAIN)
-    if narrow:
-        dtype = node.outputs[0].dtype
-        out = insert(model, node, "Cast", [out], f"{name}/cast", {"to": int(dtype or ir.DataType.FLOAT)})
-    replace(node.outputs[0], out)
+    replace(node.outputs[0], paged.as_result(model, node, out))
     return True
-
-
-def _as_float32(model: ir.Model, node: ir.Node, index: int) -> ir.Value | None:
-    import onnx_ir as ir
-
-    value = node.inputs[index]
-    if value is None or value.dtype in (None, ir.DataType.FLOAT):
-        return value
-    return insert(model, node, "Cast", [value], f"{node.name}/float32_{index}", {"to": int(ir.DataType.FLOAT)})

@@ -108,7 +108,7 @@ def _attention(model: ir.Model, node: ir.Node, given: dict[str, ir.Value], windo
         blocks = op("GatherND", [updated, window.context], f"{what}/blocks")
         return op("Reshape", [blocks, _ints(model, 0, 0, -1, head_dim)], f"{what}/context")
 
-    q, k, v = (_as_float32(model, node, i) for i in range(3))
+    q, k, v = (paged.as_float32(model, node, i) for i in range(3))
     k_pool, v_pool = paged.bind_pools(model, node, "float32", (kv_heads, "block_size", head_dim))
     keys, values = context("k", k, k_pool), context("v", v, v_pool)
     tiles = op("Gather", [q, given["grid"]], "tiles", axis=0)  # [tiles, width, heads * head_dim]
@@ -127,10 +127,7 @@ def _attention(model: ir.Model, node: ir.Node, given: dict[str, ir.Value], windo
     mixed = op("Transpose", [mixed], "mixed/turned", perm=[0, 2, 1, 3, 4])
     mixed = op("Reshape", [mixed, _ints(model, -1, heads * head_dim)], "mixed/flat")
     out = op("Gather", [mixed, given["back"]], "out", axis=0)
-    result = node.outputs[0]
-    if (dtype := result.dtype) is not None and dtype.name != "FLOAT":
-        out = op("Cast", [out], "out/cast", to=int(dtype))
-    replace(result, out)
+    replace(node.outputs[0], paged.as_result(model, node, out))
 
 
 def _norm(model: ir.Model, reciprocal: ir.Node) -> bool:
@@ -154,15 +151,6 @@ def _norm(model: ir.Model, reciprocal: ir.Node) -> bool:
     name = f"{weighted.name}/fused"
     replace(weighted.outputs[0], insert(model, weighted, "SimplifiedLayerNormalization", [x, weight], name, attributes))
     return True
-
-
-def _as_float32(model: ir.Model, node: ir.Node, index: int) -> ir.Value | None:
-    import onnx_ir as ir
-
-    value = node.inputs[index]
-    if value is None or value.dtype in (None, ir.DataType.FLOAT):
-        return value
-    return insert(model, node, "Cast", [value], f"{node.name}/float32_{index}", {"to": int(ir.DataType.FLOAT)})
 
 
 def _input(model: ir.Model, name: str, dtype: str, shape: list[int | str]) -> ir.Value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from medcompile.errors import BackendError
+from medcompile.rewrites import insert
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,3 +56,27 @@ def bind_pools(model: ir.Model, node: ir.Node, dtype: Float, block_shape: Sequen
             model.graph.remove(cast, safe=True)
         pools.append(pool)
     return pools
+
+
+def as_float32(model: ir.Model, node: ir.Node, index: int) -> ir.Value | None:
+    """An input of a node, cast to float32 in front of it where it is another float."""
+    import onnx_ir as ir
+
+    value = node.inputs[index]
+    if value is None or value.dtype in (None, ir.DataType.FLOAT):
+        return value
+    return insert(model, node, "Cast", [value], f"{_name(node)}/float32_{index}", {"to": int(ir.DataType.FLOAT)})
+
+
+def as_result(model: ir.Model, node: ir.Node, out: ir.Value) -> ir.Value:
+    """The float32 value that is to take the place of a node's output, cast to that output's float."""
+    import onnx_ir as ir
+
+    dtype = node.outputs[0].dtype
+    if dtype in (None, ir.DataType.FLOAT):
+        return out
+    return insert(model, node, "Cast", [out], f"{_name(node)}/cast", {"to": int(dtype)})
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or str(node.outputs[0].name)

@@ -28,6 +28,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from medcompile.errors import UsageError
+from medcompile.serve.chain import read_key
 from medcompile.serve.stores import Store, StoreFault
 
 WITHOUT_EFFECT = frozenset(
@@ -147,10 +148,4 @@ class ResponseCache:
 
 def read_secret(path: Path) -> bytes:
     """The secret that several processes share: a file of at least 32 random bytes. Raises UsageError."""
-    try:
-        held = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", fix=f"head -c 32 /dev/urandom > {path}") from error
-    if len(held) < 32:
-        raise UsageError(f"{path} holds fewer than 32 bytes", fix=f"head -c 32 /dev/urandom > {path}")
-    return hashlib.sha256(held).digest()
+    return hashlib.sha256(read_key(path)).digest()

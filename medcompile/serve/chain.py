@@ -164,7 +164,7 @@ def records(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_key(path: Path) -> bytes:
-    """A log's key: a file of at least 32 random bytes. Raises UsageError."""
+    """A key from a file of at least 32 random bytes. Raises UsageError."""
     try:
         key = path.read_bytes()
     except OSError as error:
