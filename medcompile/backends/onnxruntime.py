@@ -99,7 +99,7 @@ class OnnxRuntimeBackend:
         from medcompile.kernels import native
         from medcompile.rewrites import native as native_dialect
         from medcompile.rewrites import onnxruntime as dialect
-        from medcompile.rewrites import onnxruntime_paged
+        from medcompile.rewrites import onnxruntime_decoder, onnxruntime_paged
 
         ort = _library()
         model = onnx_files.load(onnx_path)
@@ -117,7 +117,7 @@ class OnnxRuntimeBackend:
             counts |= native_dialect.rewrite(model, kv, products=settings["accuracy_level"] == 4)
         counts |= dialect.rewrite(model) | onnxruntime_paged.rewrite(model)
         if is_paged(spec):
-            counts |= onnxruntime_paged.rewrite_norms(model)
+            counts |= onnxruntime_decoder.rewrite(model)
         options = ort.SessionOptions()
         if own:
             options.register_custom_ops_library(str(native.library()))

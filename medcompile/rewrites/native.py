@@ -1,7 +1,8 @@
 """Our own CPU kernels in a decoder's graph: products with int4 weights, and paged attention over pools in place.
 
-The typed graph's DequantizeLinear and MatMul become one MatMulInt4, which rounds activations to int8 block by block;
-its PagedAttention becomes an operator that writes into the pools where they lie. kernels/native has them.
+The typed graph's DequantizeLinear and MatMul become one MatMulInt4, which rounds activations to int8 block by block,
+and two of them, of which one passes the other by SiLU, one GatedMatMulInt4; its PagedAttention becomes an operator
+that writes into the pools where they lie. kernels/native has them.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def rewrite(model: ir.Model, kv: Float, *, products: bool) -> dict[str, int]:
         _attention(model, node, kv)
     matmuls = [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""] if products else []
     count = sum(_product(model, node) for node in matmuls)
+    gated = sum(_gated(model, node) for node in list(model.graph) if node.op_type == "Mul") if count else 0
     model.opset_imports[native.DOMAIN] = 1
     common.RemoveUnusedNodesPass()(model)
-    return {"PagedAttention": len(nodes), "MatMulInt4": count}
+    return {"PagedAttention": len(nodes), "MatMulInt4": count - 2 * gated, "GatedMatMulInt4": gated}
 
 
 def _attention(model: ir.Model, node: ir.Node, kv: Float) -> None:
@@ -86,3 +88,29 @@ def _product(model: ir.Model, node: ir.Node) -> bool:
     out = insert(model, node, "MatMulInt4", inputs, f"{name}/native", attributes, native.DOMAIN)
     replace(node.outputs[0], paged.as_result(model, node, out))
     return True
+
+
+def _gated(model: ir.Model, node: ir.Node) -> bool:
+    """Put GatedMatMulInt4 in the place of silu(x . gate) * (x . up), two products of one x."""
+    silu, up = (_one_use(value) for value in node.inputs)
+    if silu is None or silu.op_type != "Mul":
+        silu, up = up, silu
+    if silu is None or up is None or silu.op_type != "Mul":
+        return False
+    sigmoid = next((s for value in silu.inputs if (s := producer(value, "Sigmoid"))), None)
+    gate = sigmoid.inputs[0] if sigmoid is not None and _one_use(sigmoid.outputs[0]) is sigmoid else None
+    product = gate.producer() if gate is not None and gate in silu.inputs and len(gate.uses()) == 2 else None
+    if product is None or any((p.domain, p.op_type) != (native.DOMAIN, "MatMulInt4") for p in (product, up)):
+        return False
+    if product.inputs[0] is not up.inputs[0] or product.attributes != up.attributes:
+        return False
+    inputs = [product.inputs[0], product.inputs[1], up.inputs[1]]
+    attributes = {name: up.attributes[name].as_int() for name in ("K", "N", "block_size")}
+    out = insert(model, node, "GatedMatMulInt4", inputs, f"{node.name}/native", attributes, native.DOMAIN)
+    replace(node.outputs[0], out)
+    return True
+
+
+def _one_use(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes value, if value is read once and stays in the graph."""
+    return value.producer() if value is not None and len(value.uses()) == 1 and not value.is_graph_output() else None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medcompile.errors import BackendError
-from medcompile.rewrites import constant, insert, only_user, other_input, paged, producer, replace, stored
+from medcompile.rewrites import constant, insert, paged, replace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,15 +60,6 @@ def rewrite(model: ir.Model) -> dict[str, int]:
         if value.name in _REPLACED:
             model.graph.inputs.remove(value)
     return {"paged attention": len(nodes)}
-
-
-def rewrite_norms(model: ir.Model) -> dict[str, int]:
-    """Give each RMS norm of a decoder, in place, the one operator that the library has for it; how many."""
-    from onnx_ir.passes import common
-
-    count = sum(_norm(model, node) for node in list(model.graph) if node.op_type == "Reciprocal")
-    common.RemoveUnusedNodesPass()(model)
-    return {"RMS norm": count}
 
 
 class _Window:
@@ -128,29 +119,6 @@ def _attention(model: ir.Model, node: ir.Node, given: dict[str, ir.Value], windo
     mixed = op("Reshape", [mixed, _ints(model, -1, heads * head_dim)], "mixed/flat")
     out = op("Gather", [mixed, given["back"]], "out", axis=0)
     replace(node.outputs[0], paged.as_result(model, node, out))
-
-
-def _norm(model: ir.Model, reciprocal: ir.Node) -> bool:
-    """weight * (x / sqrt(mean(x^2) + epsilon)), which the library fuses from other spellings only."""
-    root = producer(reciprocal.inputs[0], "Sqrt")
-    add = producer(root.inputs[0], "Add") if root is not None else None
-    mean = next((m for v in add.inputs if (m := producer(v, "ReduceMean"))), None) if add is not None else None
-    power = producer(mean.inputs[0], "Pow") if mean is not None else None
-    scaled = only_user(reciprocal.outputs[0], "Mul")
-    weighted = only_user(scaled.outputs[0], "Mul") if scaled is not None else None
-    if add is None or mean is None or power is None or scaled is None or weighted is None:
-        return False
-    x, weight = power.inputs[0], other_input(weighted, scaled.outputs[0])
-    epsilon, two = stored(other_input(add, mean.outputs[0])), stored(power.inputs[1])
-    axes = stored(mean.inputs[1]) if len(mean.inputs) > 1 else None
-    if other_input(scaled, reciprocal.outputs[0]) is not x or epsilon is None or two is None or axes is None:
-        return False
-    if weight is None or stored(weight) is None or two.item() != 2 or axes.tolist() != [-1] or epsilon.size != 1:
-        return False
-    attributes = {"axis": -1, "epsilon": float(epsilon.item()), "stash_type": 1}
-    name = f"{weighted.name}/fused"
-    replace(weighted.outputs[0], insert(model, weighted, "SimplifiedLayerNormalization", [x, weight], name, attributes))
-    return True
 
 
 def _input(model: ir.Model, name: str, dtype: str, shape: list[int | str]) -> ir.Value:

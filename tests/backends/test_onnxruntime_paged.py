@@ -246,7 +246,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(tmp_path: Path, shared
     typed = tiny.write_graph(program, tmp_path / "typed")
     (tmp_path / "built").mkdir()
     made = BACKEND.build(typed, program.graphs["generate"].spec, VARIANT, TARGET, tmp_path / "built")
-    assert "4 paged attention, 9 RMS norm" in made.notes[0]
+    assert "4 paged attention, 9 RMS norm, 8 rotary embedding" in made.notes[0]
     decoder = BACKEND.load_decoder(tmp_path / "built" / made.file, VARIANT, 1, 64)
 
     torch.set_num_threads(1)

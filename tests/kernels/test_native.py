@@ -37,9 +37,10 @@ def widened(values: Array) -> Array:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
-def product(isa: int, x: Array, packed: Array, n: int, block: int) -> Array:
+def product(isa: int, x: Array, packed: Array, n: int, block: int, up: Array | None = None) -> Array:
     out = np.full((len(x), n), 7, np.float32)
-    LIBRARY.medcompile_matmul_int4(isa, pointer(x), *x.shape, n, block, pointer(packed), pointer(out))
+    second = None if up is None else pointer(up)
+    LIBRARY.medcompile_matmul_int4(isa, pointer(x), *x.shape, n, block, pointer(packed), second, pointer(out))
     return out
 
 
@@ -73,6 +74,20 @@ def test_int4_products_are_sums_of_whole_numbers_scaled(
     x[rng.random((m, groups * block)) < 0.2] = 0
     right = rounded_product(x, weight, scale)
     found = product(isa, x, native.pack(weight, scale), n, block)
+    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
+
+
+@every_set
+@settings(max_examples=20, deadline=None)
+@given(m=st.integers(1, 11), n=st.integers(1, 70), size=st.sampled_from([0.01, 1, 30]), seed=st.integers(0, 99))
+def test_a_gate_passes_its_product_by_silu(isa: int, m: int, n: int, size: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gate, up = ((rng.integers(-8, 8, (64, n), np.int8), rng.uniform(0.01, 0.1, (2, n))) for _ in range(2))
+    x = (size * rng.standard_normal((m, 64))).astype(np.float32)
+    passed, right = (rounded_product(x, weight, scale.astype(np.float32)) for weight, scale in (gate, up))
+    right *= passed / (1 + np.exp(-passed))
+    packed = [native.pack(weight, scale.astype(np.float32)) for weight, scale in (gate, up)]
+    found = product(isa, x, packed[0], n, 32, packed[1])
     np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
 
 

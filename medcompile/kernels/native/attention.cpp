@@ -6,10 +6,11 @@
 #include <limits>
 #include <vector>
 
+#include "floats.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #define MEDCOMPILE_X86 1
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 // The loops below are plain: the compiler turns them into each instruction set's vectors, one function for each.
 
@@ -19,35 +20,11 @@ namespace {
 constexpr int kPart = 64;  // columns of values that are added up at once
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 64);  // stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
-// e to the power of x, for x <= 0, to about 1e-7 of it; 0 below -87. The polynomial is Cephes' expf.
-INLINE float exponential(float x) {
-  const float rounder = 12582912.0f;  // 1.5 * 2^23: adding it leaves whole numbers
-  const float bounded = x < -87.0f ? -87.0f : x;
-  const float shifted = bounded * 1.44269504088896341f + rounder;
-  const float n = shifted - rounder;
-  const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float power = as_float(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * power;
 }
 
 INLINE void widen(const uint16_t* from, int count, float* to) {

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "floats.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #define MEDCOMPILE_X86 1
 #include <immintrin.h>
@@ -27,7 +29,10 @@ int8_t* place(int8_t* a, int first, int rows, int row, int k, int width) {
   return a + static_cast<size_t>(first) * width + (static_cast<size_t>(k / 4) * rows + row) * 4;
 }
 
-void store_columns(const float* from, int count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+// gate = silu(gate) * up, a row of a tile.
+INLINE void pass_gate(float* gate, const float* up) {
+  for (int c = 0; c < kColumns; c++) gate[c] = silu(gate[c]) * up[c];
+}
 
 // ---- any processor
 
@@ -78,6 +83,8 @@ void tile_generic(const int8_t* a, const float* step, const int32_t* offset, con
   }
 }
 
+void pass_gate_generic(float* gate, const float* up) { pass_gate(gate, up); }
+
 #if MEDCOMPILE_X86
 
 // ---- AVX2: products of 4-bit and 8-bit numbers, added in pairs, fit 16 bits
@@ -118,7 +125,11 @@ TARGET_AVX2 void tile_avx2(const int8_t* a, const float* step, const int32_t* of
   }
 }
 
+TARGET_AVX2 void pass_gate_avx2(float* gate, const float* up) { pass_gate(gate, up); }
+
 // ---- AVX-512 with VNNI
+
+TARGET_AVX512 void pass_gate_avx512(float* gate, const float* up) { pass_gate(gate, up); }
 
 TARGET_AVX512 void round_group_avx512(const float* x, int count, int8_t* to, int stride, float* step,
                                       int32_t* offset) {
@@ -201,6 +212,15 @@ using Tile = void (*)(Isa, const int8_t*, const float*, const int32_t*, const Sh
                       float (*)[kColumns]);
 constexpr Tile kTiles[kRows + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
 
+void gate_row(Isa isa, float* gate, const float* up) {
+#if MEDCOMPILE_X86
+  if (isa == kAvx512Vnni) return pass_gate_avx512(gate, up);
+  if (isa == kAvx2) return pass_gate_avx2(gate, up);
+#endif
+  static_cast<void>(isa);
+  pass_gate_generic(gate, up);
+}
+
 }  // namespace
 
 Isa best_isa() {
@@ -234,18 +254,26 @@ void round_rows(Isa isa, const float* x, int m, int first, int last, const Shape
   }
 }
 
-void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint8_t* weights, int first, int last,
-              float* y) {
+void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint8_t* weights, const uint8_t* up,
+              int first, int last, float* y) {
   const int groups = s.groups();
   for (int t = first; t < last; t++) {
-    const uint8_t* w = weights + t * s.tile_bytes();
+    const size_t at = t * s.tile_bytes();
     const int column = t * kColumns, columns = std::min(kColumns, s.n - column);
     for (int row = 0; row < m; row += kRows) {
       const int rows = std::min(kRows, m - row);
-      alignas(64) float out[kRows][kColumns];
-      const size_t at = static_cast<size_t>(row) * groups;
-      kTiles[rows](isa, rounded.a + static_cast<size_t>(row) * s.k, rounded.step + at, rounded.offset + at, s, w, out);
-      for (int r = 0; r < rows; r++) store_columns(out[r], columns, y + static_cast<size_t>(row + r) * s.n + column);
+      const int8_t* a = rounded.a + static_cast<size_t>(row) * s.k;
+      const float* step = rounded.step + static_cast<size_t>(row) * groups;
+      const int32_t* offset = rounded.offset + static_cast<size_t>(row) * groups;
+      alignas(64) float out[kRows][kColumns], other[kRows][kColumns];
+      kTiles[rows](isa, a, step, offset, s, weights + at, out);
+      if (up != nullptr) {
+        kTiles[rows](isa, a, step, offset, s, up + at, other);
+        for (int r = 0; r < rows; r++) gate_row(isa, out[r], other[r]);
+      }
+      for (int r = 0; r < rows; r++) {
+        std::memcpy(y + static_cast<size_t>(row + r) * s.n + column, out[r], columns * sizeof(float));
+      }
     }
   }
 }

@@ -36,8 +36,9 @@ Isa best_isa();
 
 // Rows [first, last) of m; first is divisible by kRows.
 void round_rows(Isa isa, const float* x, int m, int first, int last, const Shape& shape, const Rounded& out);
-// Columns of tiles [first, last), all m rows. y: [m, n].
-void multiply(Isa isa, const Rounded& rounded, int m, const Shape& shape, const uint8_t* weights, int first, int last,
-              float* y);
+// Columns of tiles [first, last), all m rows. y: [m, n]. up: null, or the weights, of the same shape, of a second product
+// with x: y is then silu(x . weights) * (x . up).
+void multiply(Isa isa, const Rounded& rounded, int m, const Shape& shape, const uint8_t* weights, const uint8_t* up,
+              int first, int last, float* y);
 
 }  // namespace int4

@@ -47,13 +47,15 @@ ort::Status* parallel(const ort::Api& api, ort::KernelContext* context, size_t t
 }
 
 // ---- MatMulInt4: x [..., k] float32, packed weights uint8 [tiles, bytes] -> [..., n] float32
+// ---- GatedMatMulInt4: the same with two weights, of the gate and of what passes it: silu(x . gate) * (x . up)
 
+template <bool kGated>
 struct MatMulInt4 {
   const ort::Api* api;
   int4::Shape shape;
 
-  static constexpr const char* kName = "MatMulInt4";
-  static constexpr size_t kInputs = 2;
+  static constexpr const char* kName = kGated ? "GatedMatMulInt4" : "MatMulInt4";
+  static constexpr size_t kInputs = kGated ? 3 : 2;
   static ort::Type type(size_t index) { return index == 0 ? ort::kFloat : ort::kUint8; }
 
   ort::Status* create(const ort::KernelInfo* info) {
@@ -69,13 +71,15 @@ struct MatMulInt4 {
   }
 
   ort::Status* compute(ort::KernelContext* context) const {
-    void *x = nullptr, *weights = nullptr, *y = nullptr;
+    void *x = nullptr, *weights[2] = {nullptr, nullptr}, *y = nullptr;
     std::vector<int64_t> dims, packed;
     TRY(input(*api, context, 0, &x, &dims));
-    TRY(input(*api, context, 1, &weights, &packed));
     if (dims.empty() || dims.back() != shape.k) return api->CreateStatus("MatMulInt4: the input's last size is not K");
-    if (packed.size() != 2 || packed[0] != shape.tiles() || packed[1] != static_cast<int64_t>(shape.tile_bytes())) {
-      return api->CreateStatus("MatMulInt4: the weights are not packed for this K, N and block_size");
+    for (size_t i = 1; i < kInputs; i++) {
+      TRY(input(*api, context, i, &weights[i - 1], &packed));
+      if (packed.size() != 2 || packed[0] != shape.tiles() || packed[1] != static_cast<int64_t>(shape.tile_bytes())) {
+        return api->CreateStatus("MatMulInt4: the weights are not packed for this K, N and block_size");
+      }
     }
     int64_t rows = 1;
     for (size_t i = 0; i + 1 < dims.size(); i++) rows *= dims[i];
@@ -108,8 +112,9 @@ struct MatMulInt4 {
     const int tiles = shape.tiles(), part = std::max(1, std::min(16, tiles / 16));
     return parallel(*api, context, (tiles + part - 1) / part, [&](size_t i) {
       const int first = static_cast<int>(i) * part;
-      int4::multiply(kIsa, rounded, m, shape, static_cast<const uint8_t*>(weights), first,
-                     std::min(tiles, first + part), static_cast<float*>(y));
+      int4::multiply(kIsa, rounded, m, shape, static_cast<const uint8_t*>(weights[0]),
+                     static_cast<const uint8_t*>(weights[1]), first, std::min(tiles, first + part),
+                     static_cast<float*>(y));
     });
   }
 };
@@ -211,7 +216,8 @@ ort::CustomOp describe() {
   return op;
 }
 
-const ort::CustomOp kMatMulInt4 = describe<MatMulInt4>();
+const ort::CustomOp kMatMulInt4 = describe<MatMulInt4<false>>();
+const ort::CustomOp kGatedMatMulInt4 = describe<MatMulInt4<true>>();
 const ort::CustomOp kPagedAttention = describe<PagedAttention>();
 
 }  // namespace
@@ -223,6 +229,7 @@ EXPORT ort::Status* RegisterCustomOps(ort::Session* options, const ort::ApiBase*
   static const bool once = [api] {
     failed = api->CreateCustomOpDomain("medcompile.native", &domain);
     if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kMatMulInt4);
+    if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kGatedMatMulInt4);
     if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kPagedAttention);
     return true;
   }();
@@ -232,16 +239,16 @@ EXPORT ort::Status* RegisterCustomOps(ort::Session* options, const ort::ApiBase*
 
 EXPORT int medcompile_best_isa() { return kIsa; }
 
-// x: [m, k]; y: [m, n]. One thread.
+// x: [m, k]; y: [m, n]; up: null for a product without a gate. One thread.
 EXPORT void medcompile_matmul_int4(int isa, const float* x, int m, int k, int n, int block_size, const uint8_t* weights,
-                                   float* y) {
+                                   const uint8_t* up, float* y) {
   const int4::Shape shape{k, n, block_size};
   std::vector<int8_t> a(static_cast<size_t>(m) * k);
   std::vector<float> step(static_cast<size_t>(m) * shape.groups());
   std::vector<int32_t> offset(step.size());
   const int4::Rounded rounded{a.data(), step.data(), offset.data()};
   int4::round_rows(static_cast<int4::Isa>(isa), x, m, 0, m, shape, rounded);
-  int4::multiply(static_cast<int4::Isa>(isa), rounded, m, shape, weights, 0, shape.tiles(), y);
+  int4::multiply(static_cast<int4::Isa>(isa), rounded, m, shape, weights, up, 0, shape.tiles(), y);
 }
 
 EXPORT void medcompile_paged_attention(int isa, const float* q, const float* k, const float* v, void* k_pool,
