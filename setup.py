@@ -14,8 +14,8 @@ setup(
         # Not a Python module but a plain library, which ONNX Runtime opens.
         Extension(
             "medcompile.kernels.native._library",
-            [str(NATIVE / name) for name in ("int4.cpp", "attention.cpp", "library.cpp")],
-            depends=[str(NATIVE / name) for name in ("attention.h", "floats.h", "int4.h", "onnxruntime.h")],
+            [str(path) for path in sorted(NATIVE.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
             extra_compile_args=[
                 *("-std=c++17", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
                 *("-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # of the compiler's own headers

@@ -10,9 +10,12 @@ What the library would decide by itself on a CPU is named in the variant's compu
 
     accuracy_level  4 (unless said): weights that alone are quantized meet activations rounded to int8, block by block;
                     1: float32 ones
-    kernels         medcompile (where it was installed with its compiled kernels, unless said): a decoder's attention
-                    is our own, and its int4 products at accuracy_level 4; onnxruntime: the library's operators alone
+    kernels         medcompile (where it was installed with its compiled kernels, unless said): our own are a decoder's
+                    attention, products of dynamic int8, those of int4 and int8 blocks at accuracy_level 4, and the
+                    attention of an encoder that has such products; onnxruntime: the library's operators alone
     kv              bfloat16: our own attention keeps keys and values in it; all else: float32
+    attention       bfloat16 (unless said): an encoder's own attention rounds to it, where the processor has products
+                    of it; float32
 
 The GPU half was tested up to its refusals; nothing of it has run on a GPU yet.
 """
@@ -49,8 +52,8 @@ _SLOWER = ("SkipLayerNormFusion", "BiasGeluFusion", "EmbedLayerNormFusion")
 _CPU = "CPUExecutionProvider"
 _CUDA = "onnxruntime-cuda"
 _CUDA_DECODER = "cuda_decoder.onnx"
-_NATIVE_DECODER = "native_decoder.onnx"
-"""The files of a decoder for CUDA and of one with our own kernels: their names tell load_decoder() what they are."""
+_NATIVE, _NATIVE_DECODER = "native.onnx", "native_decoder.onnx"
+"""The files of a decoder for CUDA, and of graphs with our own kernels: names tell what a session must know."""
 _OWN = "medcompile"
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention", "PagedAttention"}
 """What a GPU is there for. Small arithmetic on shapes may well stay on the CPU."""
@@ -110,17 +113,17 @@ class OnnxRuntimeBackend:
             self.load(out / "model.onnx", spec, variant, target, None).close()
             return Built("model.onnx", target, tuple(_notes(variant)))
         settings = _settings(variant, paged=is_paged(spec))
-        own = settings.get("kernels") == _OWN
         counts: dict[str, int] = {}
-        if own:
-            kv = cast("Float", settings["kv"])
-            counts |= native_dialect.rewrite(model, kv, products=settings["accuracy_level"] == 4)
+        if settings["kernels"] == _OWN:
+            kv, bfloat16 = cast("Float", settings.get("kv", "float32")), settings.get("attention") == "bfloat16"
+            counts |= native_dialect.rewrite(model, products=settings["accuracy_level"] == 4, kv=kv, bfloat16=bfloat16)
+        own = bool(counts)
         counts |= dialect.rewrite(model) | onnxruntime_paged.rewrite(model)
         if is_paged(spec):
             counts |= onnxruntime_decoder.rewrite(model)
         options = ort.SessionOptions()
         if own:
-            options.register_custom_ops_library(str(native.library()))
+            options.register_custom_ops_library(_own_library())
         options.log_severity_level = 3
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         options.optimized_model_filepath = str(out / "model.onnx")
@@ -131,16 +134,17 @@ class OnnxRuntimeBackend:
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             onnx_files.save({spec.name: model}, Path(scratch))
             _session(Path(scratch) / f"{spec.name}.onnx", options, disabled=_SLOWER)
+        file = "model.onnx"
         if own:
-            (out / "model.onnx").rename(out / _NATIVE_DECODER)
+            file = (out / "model.onnx").rename(out / (_NATIVE_DECODER if is_paged(spec) else _NATIVE)).name
         else:
             _forget_domain(out / "model.onnx", native.DOMAIN)
         fused = ", ".join(f"{count} {form}" for form, count in counts.items())
         # The library fuses weights alone into a product that has this setting.
+        if not own:
+            settings.pop("attention", None)
         named = tuple(f"{name}={value}" for name, value in settings.items()) if own or variant.any_weight_only else ()
-        return Built(
-            _NATIVE_DECODER if own else "model.onnx", target, (f"fused: {fused}", *named, *_notes(variant, *settings))
-        )
+        return Built(file, target, (f"fused: {fused}", *named, *_notes(variant, *settings)))
 
     def _build_cuda_decoder(self, model: ir.Model, variant: Variant, target: Target, out: Path) -> Built:
         """Write out/cuda_decoder.onnx, and try it on the device with pools of one block."""
@@ -163,6 +167,8 @@ class OnnxRuntimeBackend:
         if provider := _PROVIDERS.get(target.name):
             settings = {} if target.name == _CUDA else _profile_options(spec)
             return OnnxRuntimeExecutor(_session_on_gpu(path, options, provider, spec.name, settings), spec)
+        if path.name == _NATIVE:
+            options.register_custom_ops_library(_own_library())
         return OnnxRuntimeExecutor(_session(path, options), spec)
 
     def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> StepModel:
@@ -177,9 +183,8 @@ class OnnxRuntimeBackend:
             return OnnxRuntimeCudaStepModel(session, cuda, blocks=blocks)
         if path.name == _NATIVE_DECODER:
             from medcompile.backends._onnxruntime_native import OnnxRuntimeNativeStepModel
-            from medcompile.kernels import native
 
-            options.register_custom_ops_library(str(native.library()))
+            options.register_custom_ops_library(_own_library())
             return OnnxRuntimeNativeStepModel(_session(path, options), blocks=blocks)
         from medcompile.backends._onnxruntime_paged import OnnxRuntimeStepModel
 
@@ -214,10 +219,11 @@ def _settings(variant: Variant, *, paged: bool) -> dict[str, Scalar]:
     from medcompile.kernels import native
 
     settings: dict[str, Scalar] = {"accuracy_level": 4}
-    choices: dict[str, tuple[Scalar, ...]] = {"accuracy_level": (1, 4)}
-    if paged:
-        settings["kernels"] = _OWN if native.available() else "onnxruntime"
-        choices["kernels"] = (_OWN, "onnxruntime")
+    settings["kernels"] = _OWN if native.available() else "onnxruntime"
+    choices: dict[str, tuple[Scalar, ...]] = {"accuracy_level": (1, 4), "kernels": (_OWN, "onnxruntime")}
+    if not paged:
+        settings["attention"] = "bfloat16"
+        choices["attention"] = ("bfloat16", "float32")
     for name, allowed in choices.items():
         settings[name] = variant.compute.get(name, settings[name])
         if settings[name] not in allowed:
@@ -225,9 +231,16 @@ def _settings(variant: Variant, *, paged: bool) -> dict[str, Scalar]:
                 f"variant {variant.name}: compute.{name} is {settings[name]!r}",
                 fix=f"choose {' or '.join(map(str, allowed))}",
             )
-    if settings.get("kernels") == _OWN:
+    if paged and settings["kernels"] == _OWN:
         settings["kv"] = "bfloat16" if variant.compute.get("kv") == "bfloat16" else "float32"
     return settings
+
+
+def _own_library() -> str:
+    """Raises BackendUnavailable where it was not compiled."""
+    from medcompile.kernels import native
+
+    return str(native.library())
 
 
 def _load_options(threads: int | None) -> ort.SessionOptions:

@@ -202,7 +202,9 @@ def test_int4_weights_run_packed_at_the_accuracy_that_the_variant_names(
     spec = GraphSpec(
         "linear", (TensorSpec("x", "float32", ("rows", 64)),), (TensorSpec("y", "float32", ("rows", 48)),), ()
     )
-    variant = Variant("int4", weights=Precision.INT4, block_size=32, compute={"accuracy_level": level})
+    variant = Variant(
+        "int4", weights=Precision.INT4, block_size=32, compute={"accuracy_level": level, "kernels": "onnxruntime"}
+    )
     (tmp_path / "out").mkdir()
     made = BACKEND.build(tmp_path / "typed.onnx", spec, variant, TARGET, tmp_path / "out")
     assert f"accuracy_level={level}" in made.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ if not native.available():
 
 LIBRARY: Any = ctypes.CDLL(str(native.library()))
 SETS = native.INSTRUCTION_SETS[: LIBRARY.medcompile_best_isa() + 1]
+Weight = tuple[Array, Array]
+"""int8 [k, n]; float32 scales [k / block, n]."""
 every_set = pytest.mark.parametrize("isa", range(len(SETS)), ids=SETS)
 
 
@@ -37,15 +40,28 @@ def widened(values: Array) -> Array:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
-def product(isa: int, x: Array, packed: Array, n: int, block: int, up: Array | None = None) -> Array:
-    out = np.full((len(x), n), 7, np.float32)
-    second = None if up is None else pointer(up)
-    LIBRARY.medcompile_matmul_int4(isa, pointer(x), *x.shape, n, block, pointer(packed), second, pointer(out))
+def product(isa: int, bits: int, x: Array, weight: Weight, up: Weight | None = None, **finish: Any) -> Array:
+    """x times a weight; finish: bias, gelu."""
+    out, block = np.full((len(x), weight[0].shape[1]), 7, np.float32), len(weight[0]) // len(weight[1])
+    packed, second = native.pack(*weight, bits), None if up is None else native.pack(*up, bits)
+    bias = finish.get("bias")
+    LIBRARY.medcompile_product(
+        *(isa, bits, pointer(x), *x.shape, out.shape[1], block, pointer(packed)),
+        *(None if a is None else pointer(a) for a in (second, bias)),
+        *(int(finish.get("gelu", False)), pointer(out)),
+    )
     return out
 
 
+def drawn(rng: np.random.Generator, bits: int, groups: int, block: int, n: int) -> Weight:
+    """A weight and its scales, that makes numbers of about one out of such numbers."""
+    least = -(1 << (bits - 1))
+    weight = rng.integers(least, -least, (groups * block, n), np.int8)
+    return weight, (rng.uniform(0.5, 2, (groups, n)) / (-least * (groups * block) ** 0.5)).astype(np.float32)
+
+
 def rounded_product(x: Array, weight: Array, scale: Array) -> Array:
-    """What MatMulInt4 computes, in float64 but for the rounding of x, which is float32's."""
+    """What a product computes, in float64 but for the rounding of x, which is float32's."""
     groups = len(scale)
     x, weight = x.reshape(len(x), groups, -1), weight.reshape(groups, -1, weight.shape[1])
     most = np.abs(x).max(axis=2)
@@ -56,6 +72,7 @@ def rounded_product(x: Array, weight: Array, scale: Array) -> Array:
 
 
 @every_set
+@pytest.mark.parametrize("bits", [4, 8])
 @settings(max_examples=40, deadline=None)
 @given(
     m=st.integers(1, 21),
@@ -64,55 +81,94 @@ def rounded_product(x: Array, weight: Array, scale: Array) -> Array:
     block=st.sampled_from([16, 32, 64, 128]),
     seed=st.integers(0, 99),
 )
-def test_int4_products_are_sums_of_whole_numbers_scaled(
-    isa: int, m: int, groups: int, n: int, block: int, seed: int
+def test_products_are_sums_of_whole_numbers_scaled(
+    isa: int, bits: int, m: int, groups: int, n: int, block: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    weight = rng.integers(-8, 8, (groups * block, n), np.int8)
-    scale = rng.uniform(0.01, 1, (groups, n)).astype(np.float32)
+    weight = drawn(rng, bits, groups, block, n)
     x = (rng.standard_normal((m, groups * block)) * 10.0 ** rng.integers(-3, 4, (m, 1))).astype(np.float32)
     x[rng.random((m, groups * block)) < 0.2] = 0
-    right = rounded_product(x, weight, scale)
-    found = product(isa, x, native.pack(weight, scale), n, block)
-    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
+    right = rounded_product(x, *weight)
+    np.testing.assert_allclose(product(isa, bits, x, weight), right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
 
 
 @every_set
+@pytest.mark.parametrize("bits", [4, 8])
 @settings(max_examples=20, deadline=None)
 @given(m=st.integers(1, 11), n=st.integers(1, 70), size=st.sampled_from([0.01, 1, 30]), seed=st.integers(0, 99))
-def test_a_gate_passes_its_product_by_silu(isa: int, m: int, n: int, size: float, seed: int) -> None:
+def test_what_follows_a_product_is_done_in_it(isa: int, bits: int, m: int, n: int, size: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    gate, up = ((rng.integers(-8, 8, (64, n), np.int8), rng.uniform(0.01, 0.1, (2, n))) for _ in range(2))
+    weight, up = (drawn(rng, bits, 2, 32, n) for _ in range(2))
     x = (size * rng.standard_normal((m, 64))).astype(np.float32)
-    passed, right = (rounded_product(x, weight, scale.astype(np.float32)) for weight, scale in (gate, up))
-    right *= passed / (1 + np.exp(-passed))
-    packed = [native.pack(weight, scale.astype(np.float32)) for weight, scale in (gate, up)]
-    found = product(isa, x, packed[0], n, 32, packed[1])
-    np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5 * np.abs(right).max())
+    bias = rng.standard_normal(n).astype(np.float32)
+    first, second = rounded_product(x, *weight), rounded_product(x, *up)
+    biased = first + bias
+    cases = [
+        (first / (1 + np.exp(-first)) * second, {"up": up}),
+        (biased, {"bias": bias}),
+        (biased * (1 + np.vectorize(math.erf)(biased / 2**0.5)) / 2, {"bias": bias, "gelu": True}),
+    ]
+    for right, finish in cases:
+        found = product(isa, bits, x, weight, **finish)
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5 * np.abs(right).max() + 1e-6 * size)
 
 
 @every_set
-def test_extreme_weights_and_activations_overflow_nowhere(isa: int) -> None:
-    weight = np.full((256, 32), -8, np.int8)
-    weight[:, 1::2] = 7
-    x = np.full((3, 256), 1e4, np.float32) * np.array([[1], [-1], [0]], np.float32)
-    found = product(isa, x, native.pack(weight, np.ones((2, 32), np.float32)), 32, 128)
-    np.testing.assert_allclose(found, x @ weight.astype(np.float32), rtol=1e-6)
+@pytest.mark.parametrize(("bits", "block"), [(4, 128), (8, 128), (8, 3072)])
+def test_extreme_weights_and_activations_overflow_nowhere(isa: int, bits: int, block: int) -> None:
+    most = (1 << (bits - 1)) - 1
+    weight = np.full((3072, 32), -most - 1, np.int8)
+    weight[:, 1::2] = most
+    x = np.full((3, 3072), 1e4, np.float32) * np.array([[1], [-1], [0]], np.float32)
+    found = product(isa, bits, x, (weight, np.ones((3072 // block, 32), np.float32)))
+    np.testing.assert_allclose(found, x.astype(np.float64) @ weight, rtol=1e-6)
 
 
 @every_set
 def test_nan_in_a_row_stays_visible_and_in_that_row(isa: int) -> None:
     x = np.ones((3, 64), np.float32)
     x[1, 5] = np.nan
-    packed = native.pack(np.ones((64, 40), np.int8), np.ones((2, 40), np.float32))
-    found = product(isa, x, packed, 40, 32)
+    found = product(isa, 4, x, (np.ones((64, 40), np.int8), np.ones((2, 40), np.float32)))
     assert np.isnan(found[1]).all()
     assert np.isfinite(found[[0, 2]]).all()
 
 
-def test_packed_weights_take_half_a_byte_each_and_a_scale_per_block() -> None:
-    packed = native.pack(np.zeros((256, 96), np.int8), np.zeros((2, 96), np.float32))
-    assert packed.shape == (3, 2 * (128 + 128 * 16))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights_take_their_bits_and_a_scale_per_block(bits: int) -> None:
+    packed = native.pack(np.zeros((256, 96), np.int8), np.zeros((2, 96), np.float32), bits)
+    assert packed.shape == (3, 2 * (128 + 128 * 32 * bits // 8))
+
+
+@every_set
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@settings(max_examples=25, deadline=None)
+@given(
+    sequences=st.integers(1, 3),
+    tokens=st.integers(1, 150),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 24, 32, 64, 80, 256]),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_self_attention_is_softmax_of_scaled_products(
+    isa: int, narrow: bool, sequences: int, tokens: int, heads: int, head_dim: int, masked: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    qkv = rng.standard_normal((sequences, tokens, 3, heads, head_dim)).astype(np.float32)
+    kept = rng.random((sequences, tokens)) < 0.7
+    kept[:, 0] = True
+    mask = np.where(kept, np.float32(0), np.finfo(np.float32).min)
+    q, k, v = qkv.astype(np.float64).transpose(2, 0, 3, 1, 4)  # each [sequences, heads, tokens, head_dim]
+    scores = q @ k.swapaxes(2, 3) * head_dim**-0.5 + (mask[:, None, None] if masked else 0)
+    weights = np.exp(scores - scores.max(axis=3, keepdims=True))
+    right = (weights / weights.sum(axis=3, keepdims=True) @ v).swapaxes(1, 2)
+    out = np.full(right.shape, 7, np.float32)
+    scale = ctypes.c_float(head_dim**-0.5)
+    LIBRARY.medcompile_self_attention(
+        *(isa, pointer(qkv), pointer(mask) if masked else None, sequences, tokens, heads, head_dim, scale),
+        *(int(narrow), pointer(out)),
+    )
+    np.testing.assert_allclose(out, right, atol=0.03 if narrow else 2e-5)
 
 
 @every_set

@@ -8,9 +8,6 @@
 
 #include "floats.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-#define MEDCOMPILE_X86 1
-#endif
 
 // The loops below are plain: the compiler turns them into each instruction set's vectors, one function for each.
 
@@ -210,13 +207,10 @@ INLINE void attend_all(const Batch& b, int tile, int kv_head) {
 void attend_generic(const Batch& b, int tile, int kv_head) { attend_all(b, tile, kv_head); }
 
 #if MEDCOMPILE_X86
-__attribute__((target("avx2,fma"))) void attend_avx2(const Batch& b, int tile, int kv_head) {
+TARGET_AVX2 void attend_avx2(const Batch& b, int tile, int kv_head) {
   attend_all(b, tile, kv_head);
 }
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"))) void attend_avx512(
-    const Batch& b, int tile, int kv_head) {
-  attend_all(b, tile, kv_head);
-}
+TARGET_AVX512 void attend_avx512(const Batch& b, int tile, int kv_head) { attend_all(b, tile, kv_head); }
 #endif
 
 }  // namespace
@@ -251,10 +245,10 @@ void write(const Batch& b, int first, int last) {
   }
 }
 
-void attend(int4::Isa isa, const Batch& b, int tile, int kv_head) {
+void attend(Isa isa, const Batch& b, int tile, int kv_head) {
 #if MEDCOMPILE_X86
-  if (isa == int4::kAvx512Vnni) return attend_avx512(b, tile, kv_head);
-  if (isa == int4::kAvx2) return attend_avx2(b, tile, kv_head);
+  if (isa >= kAvx512Vnni) return attend_avx512(b, tile, kv_head);
+  if (isa == kAvx2) return attend_avx2(b, tile, kv_head);
 #endif
   static_cast<void>(isa);
   attend_generic(b, tile, kv_head);

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "int4.h"
+#include "isa.h"
 
 namespace attention {
 
@@ -32,6 +32,6 @@ int tiles(const Batch& batch);
 // Keys and values of tokens [first, last) into the pools. All must be there before attend().
 void write(const Batch& batch, int first, int last);
 // Tile `tile` of one key head.
-void attend(int4::Isa isa, const Batch& batch, int tile, int kv_head);
+void attend(Isa isa, const Batch& batch, int tile, int kv_head);
 
 }  // namespace attention

@@ -34,3 +34,16 @@ INLINE float silu(float x) {
   const float small = exponential(x < 0 ? x : -x);
   return x * (x < 0 ? small : 1.0f) / (1.0f + small);
 }
+
+// x * (1 + erf(x / sqrt(2))) / 2. erf is Abramowitz and Stegun's 7.1.26, within 1.5e-7.
+INLINE float gelu(float x) {
+  const float z = (x < 0 ? -x : x) * 0.70710678118654752f;
+  const float t = 1.0f / (1.0f + 0.3275911f * z);
+  float p = 1.061405429f;
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const float tail = 0.5f * p * t * exponential(-z * z);  // what |x| leaves of its half
+  return x * (x < 0 ? tail : 1.0f - tail);
+}

@@ -4,14 +4,15 @@
 #include <vector>
 
 #include "attention.h"
-#include "int4.h"
 #include "onnxruntime.h"
+#include "products.h"
+#include "self_attention.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-const int4::Isa kIsa = int4::best_isa();
+const Isa kIsa = best_isa();
 
 // Where a call of the interface fails, what it says is handed on.
 #define TRY(call)                               \
@@ -46,40 +47,53 @@ ort::Status* parallel(const ort::Api& api, ort::KernelContext* context, size_t t
   return api.KernelContext_ParallelFor(context, call, total, 0, &run);
 }
 
-// ---- MatMulInt4: x [..., k] float32, packed weights uint8 [tiles, bytes] -> [..., n] float32
-// ---- GatedMatMulInt4: the same with two weights, of the gate and of what passes it: silu(x . gate) * (x . up)
+// ---- products of x [..., k] float32 with packed weights uint8 [tiles, bytes] of 4 or 8 bits -> [..., n] float32
+//
+//   MatMulInt4, MatMulInt8              x . weights
+//   GatedMatMulInt4, GatedMatMulInt8    silu(x . gate) * (x . up)
+//   BiasedMatMulInt4, BiasedMatMulInt8  x . weights + bias [n]; through Gelu if `gelu` is 1
 
-template <bool kGated>
-struct MatMulInt4 {
+enum Form { kPlain, kGated, kBiased };
+
+template <int kBits, Form kForm>
+struct Product {
   const ort::Api* api;
-  int4::Shape shape;
+  products::Shape shape;
+  bool gelu;
 
-  static constexpr const char* kName = kGated ? "GatedMatMulInt4" : "MatMulInt4";
-  static constexpr size_t kInputs = kGated ? 3 : 2;
-  static ort::Type type(size_t index) { return index == 0 ? ort::kFloat : ort::kUint8; }
+  static constexpr const char* kNames[2][3] = {{"MatMulInt4", "GatedMatMulInt4", "BiasedMatMulInt4"},
+                                               {"MatMulInt8", "GatedMatMulInt8", "BiasedMatMulInt8"}};
+  static constexpr const char* kName = kNames[kBits / 8][kForm];
+  static constexpr size_t kInputs = kForm == kPlain ? 2 : 3;
+  static ort::Type type(size_t index) {
+    return index == 0 || (index == 2 && kForm == kBiased) ? ort::kFloat : ort::kUint8;
+  }
 
   ort::Status* create(const ort::KernelInfo* info) {
-    int64_t k = 0, n = 0, group = 0;
+    int64_t k = 0, n = 0, group = 0, through = 0;
     TRY(api->KernelInfoGetAttribute_int64(info, "K", &k));
     TRY(api->KernelInfoGetAttribute_int64(info, "N", &n));
     TRY(api->KernelInfoGetAttribute_int64(info, "block_size", &group));
-    if (k <= 0 || n <= 0 || group < 16 || group % 16 != 0 || k % group != 0) {
-      return api->CreateStatus("MatMulInt4: K must be a multiple of block_size, and that one of 16");
+    if (kForm == kBiased) TRY(api->KernelInfoGetAttribute_int64(info, "gelu", &through));
+    if (k <= 0 || n <= 0 || k > products::kMaxGroup || group < 16 || group % 16 != 0 || k % group != 0) {
+      return api->CreateStatus("a product's K must be a multiple of block_size, and that one of 16");
     }
-    shape = {static_cast<int>(k), static_cast<int>(n), static_cast<int>(group)};
+    shape = {kBits, static_cast<int>(k), static_cast<int>(n), static_cast<int>(group)};
+    gelu = through != 0;
     return nullptr;
   }
 
   ort::Status* compute(ort::KernelContext* context) const {
-    void *x = nullptr, *weights[2] = {nullptr, nullptr}, *y = nullptr;
-    std::vector<int64_t> dims, packed;
+    void *x = nullptr, *given[2] = {nullptr, nullptr}, *y = nullptr;
+    std::vector<int64_t> dims, sizes;
     TRY(input(*api, context, 0, &x, &dims));
-    if (dims.empty() || dims.back() != shape.k) return api->CreateStatus("MatMulInt4: the input's last size is not K");
+    if (dims.empty() || dims.back() != shape.k) return api->CreateStatus("a product's input has another last size than K");
     for (size_t i = 1; i < kInputs; i++) {
-      TRY(input(*api, context, i, &weights[i - 1], &packed));
-      if (packed.size() != 2 || packed[0] != shape.tiles() || packed[1] != static_cast<int64_t>(shape.tile_bytes())) {
-        return api->CreateStatus("MatMulInt4: the weights are not packed for this K, N and block_size");
-      }
+      TRY(input(*api, context, i, &given[i - 1], &sizes));
+      const bool weights = sizes.size() == 2 && sizes[0] == shape.tiles() &&
+                           sizes[1] == static_cast<int64_t>(shape.tile_bytes());
+      const bool fits = type(i) == ort::kUint8 ? weights : sizes.size() == 1 && sizes[0] == shape.n;
+      if (!fits) return api->CreateStatus("a product's weights are not packed for its K, N and block_size");
     }
     int64_t rows = 1;
     for (size_t i = 0; i + 1 < dims.size(); i++) rows *= dims[i];
@@ -89,21 +103,25 @@ struct MatMulInt4 {
     TRY(api->GetTensorMutableData(out, &y));
     if (rows == 0) return nullptr;
 
+    products::Finish finish;
+    if (kForm == kGated) finish.up = static_cast<const uint8_t*>(given[1]);
+    if (kForm == kBiased) finish.bias = static_cast<const float*>(given[1]);
+    finish.gelu = gelu;
     const int m = static_cast<int>(rows), groups = shape.groups();
     thread_local std::vector<int8_t> a;
     thread_local std::vector<float> step;
     thread_local std::vector<int32_t> offset;
-    a.resize(static_cast<size_t>(m) * shape.k);
-    step.resize(static_cast<size_t>(m) * groups);
-    offset.resize(static_cast<size_t>(m) * groups);
-    const int4::Rounded rounded{a.data(), step.data(), offset.data()};
+    a.resize(std::max(a.size(), static_cast<size_t>(m) * shape.k));
+    step.resize(std::max(step.size(), static_cast<size_t>(m) * groups));
+    offset.resize(step.size());
+    const products::Rounded rounded{a.data(), step.data(), offset.data()};
     const auto* from = static_cast<const float*>(x);
-    const size_t panels = (m + int4::kRows - 1) / int4::kRows;
+    const size_t panels = (m + products::kRows - 1) / products::kRows;
     const auto round = [&](size_t i) {
-      const int first = static_cast<int>(i) * int4::kRows;
-      int4::round_rows(kIsa, from, m, first, std::min(m, first + int4::kRows), shape, rounded);
+      const int first = static_cast<int>(i) * products::kRows;
+      products::round_rows(kIsa, from, m, first, std::min(m, first + products::kRows), shape, rounded);
     };
-    if (m <= int4::kRows) {
+    if (m <= products::kRows) {
       round(0);
     } else {
       TRY(parallel(*api, context, panels, round));
@@ -112,9 +130,63 @@ struct MatMulInt4 {
     const int tiles = shape.tiles(), part = std::max(1, std::min(16, tiles / 16));
     return parallel(*api, context, (tiles + part - 1) / part, [&](size_t i) {
       const int first = static_cast<int>(i) * part;
-      int4::multiply(kIsa, rounded, m, shape, static_cast<const uint8_t*>(weights[0]),
-                     static_cast<const uint8_t*>(weights[1]), first, std::min(tiles, first + part),
-                     static_cast<float*>(y));
+      products::multiply(kIsa, rounded, m, shape, static_cast<const uint8_t*>(given[0]), finish, first,
+                         std::min(tiles, first + part), static_cast<float*>(y));
+    });
+  }
+};
+
+// ---- SelfAttention, MaskedSelfAttention: self_attention.h; qkv [batch, tokens, 3 * heads * width], and the mask, of
+// batch * tokens numbers
+
+template <bool kMasked>
+struct SelfAttention {
+  const ort::Api* api;
+  self_attention::Batch batch;
+
+  static constexpr const char* kName = kMasked ? "MaskedSelfAttention" : "SelfAttention";
+  static constexpr size_t kInputs = kMasked ? 2 : 1;
+  static ort::Type type(size_t) { return ort::kFloat; }
+
+  ort::Status* create(const ort::KernelInfo* info) {
+    int64_t heads = 0, width = 0, bfloat16 = 0;
+    TRY(api->KernelInfoGetAttribute_int64(info, "heads", &heads));
+    TRY(api->KernelInfoGetAttribute_int64(info, "head_dim", &width));
+    TRY(api->KernelInfoGetAttribute_int64(info, "bfloat16", &bfloat16));
+    TRY(api->KernelInfoGetAttribute_float(info, "scale", &batch.scale));
+    if (heads <= 0 || width <= 0 || width > self_attention::kMaxWidth) {
+      return api->CreateStatus("SelfAttention: heads of 1 to 256 numbers each");
+    }
+    batch.heads = static_cast<int>(heads);
+    batch.width = static_cast<int>(width);
+    batch.bfloat16 = bfloat16 != 0;
+    return nullptr;
+  }
+
+  ort::Status* compute(ort::KernelContext* context) const {
+    void *qkv = nullptr, *mask = nullptr, *out = nullptr;
+    std::vector<int64_t> dims, sizes;
+    TRY(input(*api, context, 0, &qkv, &dims));
+    const int64_t all = static_cast<int64_t>(batch.heads) * batch.width;
+    if (dims.size() != 3 || dims[2] != 3 * all) return api->CreateStatus("SelfAttention: not [batch, tokens, 3 * heads * width]");
+    if (kMasked) {
+      TRY(input(*api, context, 1, &mask, &sizes));
+      int64_t count = 1;
+      for (const int64_t size : sizes) count *= size;
+      if (count != dims[0] * dims[1]) return api->CreateStatus("SelfAttention: the mask is not one number per token");
+    }
+    dims[2] = all;
+    ort::Value* value = nullptr;
+    TRY(api->KernelContext_GetOutput(context, 0, dims.data(), dims.size(), &value));
+    TRY(api->GetTensorMutableData(value, &out));
+    if (dims[0] * dims[1] == 0) return nullptr;
+    self_attention::Batch b = batch;
+    b.qkv = static_cast<const float*>(qkv);
+    b.mask = static_cast<const float*>(mask);
+    b.tokens = static_cast<int>(dims[1]);
+    b.out = static_cast<float*>(out);
+    return parallel(*api, context, static_cast<size_t>(dims[0]) * b.heads, [&](size_t i) {
+      self_attention::attend(kIsa, b, static_cast<int>(i) / b.heads, static_cast<int>(i) % b.heads);
     });
   }
 };
@@ -200,7 +272,8 @@ ort::CustomOp describe() {
   op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
   op.GetEndVersion = [](const ort::CustomOp*) { return 0x7fffffff; };
   op.CreateKernelV2 = [](const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
-    Op* made = new Op{api, {}};
+    Op* made = new Op{};
+    made->api = api;
     ort::Status* status = made->create(info);
     if (status != nullptr) {
       delete made;
@@ -216,9 +289,10 @@ ort::CustomOp describe() {
   return op;
 }
 
-const ort::CustomOp kMatMulInt4 = describe<MatMulInt4<false>>();
-const ort::CustomOp kGatedMatMulInt4 = describe<MatMulInt4<true>>();
-const ort::CustomOp kPagedAttention = describe<PagedAttention>();
+const ort::CustomOp kOperators[] = {
+    describe<Product<4, kPlain>>(), describe<Product<4, kGated>>(), describe<Product<4, kBiased>>(),
+    describe<Product<8, kPlain>>(), describe<Product<8, kGated>>(), describe<Product<8, kBiased>>(),
+    describe<PagedAttention>(),     describe<SelfAttention<false>>(), describe<SelfAttention<true>>()};
 
 }  // namespace
 
@@ -228,9 +302,9 @@ EXPORT ort::Status* RegisterCustomOps(ort::Session* options, const ort::ApiBase*
   static ort::Status* failed = nullptr;
   static const bool once = [api] {
     failed = api->CreateCustomOpDomain("medcompile.native", &domain);
-    if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kMatMulInt4);
-    if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kGatedMatMulInt4);
-    if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &kPagedAttention);
+    for (const ort::CustomOp& op : kOperators) {
+      if (failed == nullptr) failed = api->CustomOpDomain_Add(domain, &op);
+    }
     return true;
   }();
   static_cast<void>(once);
@@ -239,16 +313,28 @@ EXPORT ort::Status* RegisterCustomOps(ort::Session* options, const ort::ApiBase*
 
 EXPORT int medcompile_best_isa() { return kIsa; }
 
-// x: [m, k]; y: [m, n]; up: null for a product without a gate. One thread.
-EXPORT void medcompile_matmul_int4(int isa, const float* x, int m, int k, int n, int block_size, const uint8_t* weights,
-                                   const uint8_t* up, float* y) {
-  const int4::Shape shape{k, n, block_size};
+// x: [m, k]; y: [m, n]; up, bias: null for a product without. One thread.
+EXPORT void medcompile_product(int isa, int bits, const float* x, int m, int k, int n, int block_size,
+                               const uint8_t* weights, const uint8_t* up, const float* bias, int gelu, float* y) {
+  const products::Shape shape{bits, k, n, block_size};
   std::vector<int8_t> a(static_cast<size_t>(m) * k);
   std::vector<float> step(static_cast<size_t>(m) * shape.groups());
   std::vector<int32_t> offset(step.size());
-  const int4::Rounded rounded{a.data(), step.data(), offset.data()};
-  int4::round_rows(static_cast<int4::Isa>(isa), x, m, 0, m, shape, rounded);
-  int4::multiply(static_cast<int4::Isa>(isa), rounded, m, shape, weights, up, 0, shape.tiles(), y);
+  const products::Rounded rounded{a.data(), step.data(), offset.data()};
+  products::Finish finish;
+  finish.up = up;
+  finish.bias = bias;
+  finish.gelu = gelu != 0;
+  products::round_rows(static_cast<Isa>(isa), x, m, 0, m, shape, rounded);
+  products::multiply(static_cast<Isa>(isa), rounded, m, shape, weights, finish, 0, shape.tiles(), y);
+}
+
+EXPORT void medcompile_self_attention(int isa, const float* qkv, const float* mask, int sequences, int tokens, int heads,
+                                      int width, float scale, int bfloat16, float* out) {
+  const self_attention::Batch batch{qkv, mask, tokens, heads, width, scale, bfloat16 != 0, out};
+  for (int i = 0; i < sequences * heads; i++) {
+    self_attention::attend(static_cast<Isa>(isa), batch, i / heads, i % heads);
+  }
 }
 
 EXPORT void medcompile_paged_attention(int isa, const float* q, const float* k, const float* v, void* k_pool,
@@ -259,6 +345,6 @@ EXPORT void medcompile_paged_attention(int isa, const float* q, const float* k, 
                                table, sequences, table_width, kv_heads, group,  width,         window, scale, out};
   attention::write(batch, 0, starts[sequences]);
   for (int tile = 0; tile < attention::tiles(batch); tile++) {
-    for (int head = 0; head < kv_heads; head++) attention::attend(static_cast<int4::Isa>(isa), batch, tile, head);
+    for (int head = 0; head < kv_heads; head++) attention::attend(static_cast<Isa>(isa), batch, tile, head);
   }
 }

@@ -1,4 +1,4 @@
-#include "int4.h"
+#include "products.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,14 +6,11 @@
 
 #include "floats.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
-#define MEDCOMPILE_X86 1
+#if MEDCOMPILE_X86
 #include <immintrin.h>
-#define TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 #endif
 
-namespace int4 {
+namespace products {
 namespace {
 
 constexpr int kAhead = 4096;  // bytes of weights asked for before they are needed: a page, where hardware stops
@@ -29,14 +26,22 @@ int8_t* place(int8_t* a, int first, int rows, int row, int k, int width) {
   return a + static_cast<size_t>(first) * width + (static_cast<size_t>(k / 4) * rows + row) * 4;
 }
 
-// gate = silu(gate) * up, a row of a tile.
-INLINE void pass_gate(float* gate, const float* up) {
-  for (int c = 0; c < kColumns; c++) gate[c] = silu(gate[c]) * up[c];
+// A row of a tile: second, the same row of the product with finish.up; bias, that of the tile's columns.
+INLINE void finish_row(const Finish& finish, const float* second, const float* bias, float* row) {
+  if (finish.up != nullptr) {
+    for (int c = 0; c < kColumns; c++) row[c] = silu(row[c]) * second[c];
+  }
+  if (finish.bias != nullptr) {
+    for (int c = 0; c < kColumns; c++) row[c] += bias[c];
+  }
+  if (finish.gelu) {
+    for (int c = 0; c < kColumns; c++) row[c] = gelu(row[c]);
+  }
 }
 
 // ---- any processor
 
-void round_group(const float* x, int count, int8_t* to, int stride, float* step, int32_t* offset) {
+void round_group(const float* x, int count, int zero, int8_t* to, int stride, float* step, int32_t* offset) {
   float largest = 0;
   bool number = true;
   for (int i = 0; i < count; i++) {
@@ -51,10 +56,10 @@ void round_group(const float* x, int count, int8_t* to, int stride, float* step,
     sum += rounded;
   }
   *step = number ? largest / 127.0f : NAN;  // what rounding would hide
-  *offset = -8 * sum;
+  *offset = -zero * sum;
 }
 
-template <int R>
+template <int Bits, int R>
 void tile_generic(const int8_t* a, const float* step, const int32_t* offset, const Shape& s, const uint8_t* w,
                   float (*out)[kColumns]) {
   const int groups = s.groups();
@@ -65,12 +70,15 @@ void tile_generic(const int8_t* a, const float* step, const int32_t* offset, con
     w += sizeof scales;
     int32_t sums[R][kColumns];
     for (int r = 0; r < R; r++) std::fill(sums[r], sums[r] + kColumns, offset[r * groups + g]);
-    for (int k = 0; k < s.group; k += 8, w += 128, a += 8 * R) {
+    for (int k = 0; k < s.group; k += 32 / Bits, w += 128, a += 32 / Bits * R) {
       for (int r = 0; r < R; r++) {
         const int8_t *low = a + 4 * r, *high = a + 4 * (R + r);
         for (int c = 0; c < kColumns; c++) {
           int32_t sum = 0;
-          for (int i = 0; i < 4; i++) sum += (w[4 * c + i] & 15) * low[i] + (w[4 * c + i] >> 4) * high[i];
+          for (int i = 0; i < 4; i++) {
+            const int code = w[4 * c + i];
+            sum += Bits == 8 ? code * low[i] : (code & 15) * low[i] + (code >> 4) * high[i];
+          }
           sums[r][c] += sum;
         }
       }
@@ -83,14 +91,16 @@ void tile_generic(const int8_t* a, const float* step, const int32_t* offset, con
   }
 }
 
-void pass_gate_generic(float* gate, const float* up) { pass_gate(gate, up); }
+void finish_generic(const Finish& finish, const float* second, const float* bias, float* row) {
+  finish_row(finish, second, bias, row);
+}
 
 #if MEDCOMPILE_X86
 
-// ---- AVX2: products of 4-bit and 8-bit numbers, added in pairs, fit 16 bits
+// ---- AVX2: products of 4-bit and 8-bit numbers, added in pairs, fit 16 bits; those of two 8-bit numbers do not
 
 template <int R>
-TARGET_AVX2 void tile_avx2(const int8_t* a, const float* step, const int32_t* offset, const Shape& s, const uint8_t* w,
+TARGET_AVX2 void tile4_avx2(const int8_t* a, const float* step, const int32_t* offset, const Shape& s, const uint8_t* w,
                            float (*out)[kColumns]) {
   const int groups = s.groups();
   const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -125,13 +135,51 @@ TARGET_AVX2 void tile_avx2(const int8_t* a, const float* step, const int32_t* of
   }
 }
 
-TARGET_AVX2 void pass_gate_avx2(float* gate, const float* up) { pass_gate(gate, up); }
+// One row, and eight sums of pairs for 4 columns at a time: they meet at the end of a group.
+template <int R>
+TARGET_AVX2 void tile8_avx2(const int8_t* a, const float* step, const int32_t* offset, const Shape& s,
+                            const uint8_t* weights, float (*out)[kColumns]) {
+  const int groups = s.groups();
+  const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+  for (int r = 0; r < R; r++) {
+    const uint8_t* w = weights;
+    const int8_t* x = a + 4 * r;
+    std::fill(out[r], out[r] + kColumns, 0.0f);
+    for (int g = 0; g < groups; g++) {
+      const float* scales = reinterpret_cast<const float*>(w);
+      w += kColumns * sizeof(float);
+      __m256i sums[8];
+      for (int c = 0; c < 8; c++) sums[c] = _mm256_setzero_si256();
+      for (int k = 0; k < s.group; k += 4, w += 128, x += 4 * R) {
+        const __m256i both = _mm256_cvtepi8_epi16(_mm_set1_epi32(four(x)));
+        for (int c = 0; c < 8; c++) {
+          const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w) + c));
+          sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(codes, both));
+        }
+      }
+      const __m256 t = _mm256_set1_ps(step[r * groups + g]);
+      const __m256i zero = _mm256_set1_epi32(offset[r * groups + g]);
+      for (int c = 0; c < 4; c++) {
+        const __m256i met = _mm256_permutevar8x32_epi32(_mm256_hadd_epi32(sums[2 * c], sums[2 * c + 1]), order);
+        const __m256 whole = _mm256_cvtepi32_ps(_mm256_add_epi32(met, zero));
+        const __m256 scale = _mm256_mul_ps(t, _mm256_loadu_ps(scales + 8 * c));
+        _mm256_storeu_ps(out[r] + 8 * c, _mm256_fmadd_ps(whole, scale, _mm256_loadu_ps(out[r] + 8 * c)));
+      }
+    }
+  }
+}
+
+TARGET_AVX2 void finish_avx2(const Finish& finish, const float* second, const float* bias, float* row) {
+  finish_row(finish, second, bias, row);
+}
 
 // ---- AVX-512 with VNNI
 
-TARGET_AVX512 void pass_gate_avx512(float* gate, const float* up) { pass_gate(gate, up); }
+TARGET_AVX512 void finish_avx512(const Finish& finish, const float* second, const float* bias, float* row) {
+  finish_row(finish, second, bias, row);
+}
 
-TARGET_AVX512 void round_group_avx512(const float* x, int count, int8_t* to, int stride, float* step,
+TARGET_AVX512 void round_group_avx512(const float* x, int count, int zero, int8_t* to, int stride, float* step,
                                       int32_t* offset) {
   __m512 largest = _mm512_setzero_ps();
   __mmask16 missing = 0;
@@ -151,10 +199,10 @@ TARGET_AVX512 void round_group_avx512(const float* x, int count, int8_t* to, int
     for (int j = 0; j < 4; j++) std::memcpy(to + static_cast<size_t>(i / 4 + j) * stride, &words[j], 4);
   }
   *step = missing ? NAN : most / 127.0f;
-  *offset = -8 * _mm512_reduce_add_epi32(sum);
+  *offset = -zero * _mm512_reduce_add_epi32(sum);
 }
 
-template <int R>
+template <int Bits, int R>
 TARGET_AVX512 void tile_avx512(const int8_t* a, const float* step, const int32_t* offset, const Shape& s,
                                const uint8_t* w, float (*out)[kColumns]) {
   const int groups = s.groups();
@@ -166,17 +214,19 @@ TARGET_AVX512 void tile_avx512(const int8_t* a, const float* step, const int32_t
     w += kColumns * sizeof(float);
     __m512i sums[R][2];
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_set1_epi32(offset[r * groups + g]);
-    for (int k = 0; k < s.group; k += 8, w += 128, a += 8 * R) {
+    for (int k = 0; k < s.group; k += 32 / Bits, w += 128, a += 32 / Bits * R) {
       _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead, _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + 64, _MM_HINT_T0);
       const __m512i both0 = _mm512_loadu_si512(w), both1 = _mm512_loadu_si512(w + 64);
-      const __m512i low0 = _mm512_and_si512(both0, nibble), low1 = _mm512_and_si512(both1, nibble);
+      const __m512i low0 = Bits == 8 ? both0 : _mm512_and_si512(both0, nibble);
+      const __m512i low1 = Bits == 8 ? both1 : _mm512_and_si512(both1, nibble);
       const __m512i high0 = _mm512_and_si512(_mm512_srli_epi16(both0, 4), nibble);
       const __m512i high1 = _mm512_and_si512(_mm512_srli_epi16(both1, 4), nibble);
       for (int r = 0; r < R; r++) {
         const __m512i first = _mm512_set1_epi32(four(a + 4 * r));
         sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low0, first);
         sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], low1, first);
+        if (Bits == 8) continue;
         const __m512i second = _mm512_set1_epi32(four(a + 4 * (R + r)));
         sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], high0, second);
         sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high1, second);
@@ -197,46 +247,36 @@ TARGET_AVX512 void tile_avx512(const int8_t* a, const float* step, const int32_t
 
 #endif
 
-template <int R>
+template <int Bits, int R>
 void tile(Isa isa, const int8_t* a, const float* step, const int32_t* offset, const Shape& s, const uint8_t* w,
           float (*out)[kColumns]) {
 #if MEDCOMPILE_X86
-  if (isa == kAvx512Vnni) return tile_avx512<R>(a, step, offset, s, w, out);
-  if (isa == kAvx2) return tile_avx2<R>(a, step, offset, s, w, out);
+  if (isa >= kAvx512Vnni) return tile_avx512<Bits, R>(a, step, offset, s, w, out);
+  if (isa == kAvx2) return (Bits == 4 ? tile4_avx2<R> : tile8_avx2<R>)(a, step, offset, s, w, out);
 #endif
   static_cast<void>(isa);
-  tile_generic<R>(a, step, offset, s, w, out);
+  tile_generic<Bits, R>(a, step, offset, s, w, out);
 }
 
 using Tile = void (*)(Isa, const int8_t*, const float*, const int32_t*, const Shape&, const uint8_t*,
                       float (*)[kColumns]);
-constexpr Tile kTiles[kRows + 1] = {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8>};
+template <int Bits>
+constexpr Tile kTiles[kRows + 1] = {nullptr,       tile<Bits, 1>, tile<Bits, 2>, tile<Bits, 3>, tile<Bits, 4>,
+                                    tile<Bits, 5>, tile<Bits, 6>, tile<Bits, 7>, tile<Bits, 8>};
 
-void gate_row(Isa isa, float* gate, const float* up) {
+void finish_by(Isa isa, const Finish& finish, const float* second, const float* bias, float* row) {
 #if MEDCOMPILE_X86
-  if (isa == kAvx512Vnni) return pass_gate_avx512(gate, up);
-  if (isa == kAvx2) return pass_gate_avx2(gate, up);
+  if (isa >= kAvx512Vnni) return finish_avx512(finish, second, bias, row);
+  if (isa == kAvx2) return finish_avx2(finish, second, bias, row);
 #endif
   static_cast<void>(isa);
-  pass_gate_generic(gate, up);
+  finish_generic(finish, second, bias, row);
 }
 
 }  // namespace
 
-Isa best_isa() {
-#if MEDCOMPILE_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return kAvx512Vnni;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kGeneric;
-}
-
 void round_rows(Isa isa, const float* x, int m, int first, int last, const Shape& s, const Rounded& out) {
-  const int groups = s.groups();
+  const int groups = s.groups(), zero = 1 << (s.bits - 1);
   for (int row = first; row < last; row++) {
     const int panel = row / kRows * kRows, rows = std::min(kRows, m - panel);
     for (int g = 0; g < groups; g++) {
@@ -244,38 +284,39 @@ void round_rows(Isa isa, const float* x, int m, int first, int last, const Shape
       int8_t* to = place(out.a, panel, rows, row - panel, g * s.group, s.k);
       const size_t at = static_cast<size_t>(row) * groups + g;
 #if MEDCOMPILE_X86
-      if (isa == kAvx512Vnni) {
-        round_group_avx512(from, s.group, to, 4 * rows, out.step + at, out.offset + at);
+      if (isa >= kAvx512Vnni) {
+        round_group_avx512(from, s.group, zero, to, 4 * rows, out.step + at, out.offset + at);
         continue;
       }
 #endif
-      round_group(from, s.group, to, 4 * rows, out.step + at, out.offset + at);
+      round_group(from, s.group, zero, to, 4 * rows, out.step + at, out.offset + at);
     }
   }
 }
 
-void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint8_t* weights, const uint8_t* up,
+void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint8_t* weights, const Finish& finish,
               int first, int last, float* y) {
   const int groups = s.groups();
+  const Tile* tiles = s.bits == 4 ? kTiles<4> : kTiles<8>;
   for (int t = first; t < last; t++) {
     const size_t at = t * s.tile_bytes();
     const int column = t * kColumns, columns = std::min(kColumns, s.n - column);
+    alignas(64) float bias[kColumns] = {};
+    if (finish.bias != nullptr) std::copy(finish.bias + column, finish.bias + column + columns, bias);
     for (int row = 0; row < m; row += kRows) {
       const int rows = std::min(kRows, m - row);
       const int8_t* a = rounded.a + static_cast<size_t>(row) * s.k;
       const float* step = rounded.step + static_cast<size_t>(row) * groups;
       const int32_t* offset = rounded.offset + static_cast<size_t>(row) * groups;
-      alignas(64) float out[kRows][kColumns], other[kRows][kColumns];
-      kTiles[rows](isa, a, step, offset, s, weights + at, out);
-      if (up != nullptr) {
-        kTiles[rows](isa, a, step, offset, s, up + at, other);
-        for (int r = 0; r < rows; r++) gate_row(isa, out[r], other[r]);
-      }
+      alignas(64) float out[kRows][kColumns], second[kRows][kColumns];
+      tiles[rows](isa, a, step, offset, s, weights + at, out);
+      if (finish.up != nullptr) tiles[rows](isa, a, step, offset, s, finish.up + at, second);
       for (int r = 0; r < rows; r++) {
+        finish_by(isa, finish, second[r], bias, out[r]);
         std::memcpy(y + static_cast<size_t>(row + r) * s.n + column, out[r], columns * sizeof(float));
       }
     }
   }
 }
 
-}  // namespace int4
+}  // namespace products
