@@ -308,12 +308,17 @@ void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint
       const int8_t* a = rounded.a + static_cast<size_t>(row) * s.k;
       const float* step = rounded.step + static_cast<size_t>(row) * groups;
       const int32_t* offset = rounded.offset + static_cast<size_t>(row) * groups;
+      float* to = y + static_cast<size_t>(row) * s.n + column;
+      for (int r = 0; r < rows; r++) {  // asked for now, since stores wait for their lines one after the other
+        __builtin_prefetch(to + static_cast<size_t>(r) * s.n, 1);
+        __builtin_prefetch(to + static_cast<size_t>(r) * s.n + kColumns / 2, 1);
+      }
       alignas(64) float out[kRows][kColumns], second[kRows][kColumns];
       tiles[rows](isa, a, step, offset, s, weights + at, out);
       if (finish.up != nullptr) tiles[rows](isa, a, step, offset, s, finish.up + at, second);
       for (int r = 0; r < rows; r++) {
         finish_by(isa, finish, second[r], bias, out[r]);
-        std::memcpy(y + static_cast<size_t>(row + r) * s.n + column, out[r], columns * sizeof(float));
+        std::memcpy(to + static_cast<size_t>(r) * s.n, out[r], columns * sizeof(float));
       }
     }
   }
