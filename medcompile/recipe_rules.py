@@ -264,11 +264,11 @@ def _format_checks(way: Keys, form: dict[str, Any]) -> Broken:
             f"{label}: dynamic says how activations are quantized, and they are not",
             ("add activations: int8, or remove dynamic"),
         )
-    if form.get("block_size") is not None and weights != "int4":
+    if form.get("block_size") is not None and (weights not in ("int4", "int8") or activations is not None):
         yield (
             (*way, "block_size"),
-            f"{label}: block_size is for int4 weights; int8 has a scale per channel",
-            ("remove block_size, or write weights: int4"),
+            f"{label}: block_size is for int4 or int8 weights under activations that stay in float",
+            "remove block_size, or write weights: int8 without activations",
         )
 
 

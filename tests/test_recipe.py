@@ -160,7 +160,7 @@ BAD = {
     "stored in blocks": (("fp32: {}", "fp32: {weights: stored, block_size: 32}"), (21, 39), "formats that the checkpoint", "remove block"),
     "float8 alone": (("fp32: {}", "fp32: {weights: float8}"), (21, 19), "one stored scale per tensor", "activations: float8"),
     "activations alone": (("    weights: int8\n", ""), (23, 18), "quantizes activations but no weights", "weights: int8"),
-    "block without int4": (("symmetric: false", "block_size: 128"), (25, 17), "block_size is for int4", "int4"),
+    "block under int8": (("symmetric: false", "block_size: 128"), (25, 17), "block_size is for int4 or int8", "int8"),
     "odd block": (("symmetric: false", "block_size: 100"), (25, 17), "100 is not known here", "128"),
     "dynamic and symmetric": (("symmetric: false", "symmetric: false\n    dynamic: true"), (25, 16), "dynamic", "remove symmetric"),
     "dynamic without activations": (("fp32: {}", "fp32: {dynamic: true}"), (21, 19), "and they are not", "activations: int8"),

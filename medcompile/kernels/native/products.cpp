@@ -14,6 +14,7 @@ namespace products {
 namespace {
 
 constexpr int kAhead = 4096;  // bytes of weights asked for before they are needed: a page, where hardware stops
+constexpr int kLine = 64;     // bytes that memory hands out at once
 
 int32_t four(const int8_t* at) {
   int32_t word;
@@ -26,16 +27,25 @@ int8_t* place(int8_t* a, int first, int rows, int row, int k, int width) {
   return a + static_cast<size_t>(first) * width + (static_cast<size_t>(k / 4) * rows + row) * 4;
 }
 
-// A row of a tile: second, the same row of the product with finish.up; bias, that of the tile's columns.
-INLINE void finish_row(const Finish& finish, const float* second, const float* bias, float* row) {
-  if (finish.up != nullptr) {
-    for (int c = 0; c < kColumns; c++) row[c] = silu(row[c]) * second[c];
-  }
-  if (finish.bias != nullptr) {
-    for (int c = 0; c < kColumns; c++) row[c] += bias[c];
-  }
-  if (finish.gelu) {
-    for (int c = 0; c < kColumns; c++) row[c] = gelu(row[c]);
+// A panel's rows of a tile, finished and stored: second is that of the product with finish.up, bias that of the tile's
+// columns, of which y, with `stride` numbers from row to row, has the first `columns`.
+INLINE void finish_rows(const Finish& finish, float (*rows)[kColumns], const float (*second)[kColumns],
+                        const float* bias, int count, int columns, float* y, size_t stride) {
+  for (int r = 0; r < count; r++, y += stride) {
+    float* row = rows[r];
+    if (finish.up != nullptr) {
+      for (int c = 0; c < kColumns; c++) row[c] = silu(row[c]) * second[r][c];
+    }
+    if (finish.gelu) {
+      for (int c = 0; c < kColumns; c++) row[c] = gelu(row[c] + bias[c]);
+    } else {
+      for (int c = 0; c < kColumns; c++) row[c] += bias[c];
+    }
+    if (columns == kColumns) {
+      for (int c = 0; c < kColumns; c++) y[c] = row[c];
+    } else {
+      for (int c = 0; c < columns; c++) y[c] = row[c];
+    }
   }
 }
 
@@ -91,8 +101,9 @@ void tile_generic(const int8_t* a, const float* step, const int32_t* offset, con
   }
 }
 
-void finish_generic(const Finish& finish, const float* second, const float* bias, float* row) {
-  finish_row(finish, second, bias, row);
+void finish_generic(const Finish& finish, float (*rows)[kColumns], const float (*second)[kColumns],
+                    const float* bias, int count, int columns, float* y, size_t stride) {
+  finish_rows(finish, rows, second, bias, count, columns, y, stride);
 }
 
 #if MEDCOMPILE_X86
@@ -169,14 +180,16 @@ TARGET_AVX2 void tile8_avx2(const int8_t* a, const float* step, const int32_t* o
   }
 }
 
-TARGET_AVX2 void finish_avx2(const Finish& finish, const float* second, const float* bias, float* row) {
-  finish_row(finish, second, bias, row);
+TARGET_AVX2 void finish_avx2(const Finish& finish, float (*rows)[kColumns], const float (*second)[kColumns],
+                             const float* bias, int count, int columns, float* y, size_t stride) {
+  finish_rows(finish, rows, second, bias, count, columns, y, stride);
 }
 
 // ---- AVX-512 with VNNI
 
-TARGET_AVX512 void finish_avx512(const Finish& finish, const float* second, const float* bias, float* row) {
-  finish_row(finish, second, bias, row);
+TARGET_AVX512 void finish_avx512(const Finish& finish, float (*rows)[kColumns], const float (*second)[kColumns],
+                                 const float* bias, int count, int columns, float* y, size_t stride) {
+  finish_rows(finish, rows, second, bias, count, columns, y, stride);
 }
 
 TARGET_AVX512 void round_group_avx512(const float* x, int count, int zero, int8_t* to, int stride, float* step,
@@ -202,7 +215,8 @@ TARGET_AVX512 void round_group_avx512(const float* x, int count, int zero, int8_
   *offset = -zero * _mm512_reduce_add_epi32(sum);
 }
 
-template <int Bits, int R>
+// kCold: the weights come from memory.
+template <int Bits, int R, bool kCold>
 TARGET_AVX512 void tile_avx512(const int8_t* a, const float* step, const int32_t* offset, const Shape& s,
                                const uint8_t* w, float (*out)[kColumns]) {
   const int groups = s.groups();
@@ -215,8 +229,10 @@ TARGET_AVX512 void tile_avx512(const int8_t* a, const float* step, const int32_t
     __m512i sums[R][2];
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_set1_epi32(offset[r * groups + g]);
     for (int k = 0; k < s.group; k += 32 / Bits, w += 128, a += 32 / Bits * R) {
-      _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + 64, _MM_HINT_T0);
+      if (kCold) {
+        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w) + kAhead + kLine, _MM_HINT_T0);
+      }
       const __m512i both0 = _mm512_loadu_si512(w), both1 = _mm512_loadu_si512(w + 64);
       const __m512i low0 = Bits == 8 ? both0 : _mm512_and_si512(both0, nibble);
       const __m512i low1 = Bits == 8 ? both1 : _mm512_and_si512(both1, nibble);
@@ -248,29 +264,34 @@ TARGET_AVX512 void tile_avx512(const int8_t* a, const float* step, const int32_t
 #endif
 
 template <int Bits, int R>
-void tile(Isa isa, const int8_t* a, const float* step, const int32_t* offset, const Shape& s, const uint8_t* w,
-          float (*out)[kColumns]) {
+void tile(Isa isa, bool cold, const int8_t* a, const float* step, const int32_t* offset, const Shape& s,
+          const uint8_t* w, float (*out)[kColumns]) {
 #if MEDCOMPILE_X86
-  if (isa >= kAvx512Vnni) return tile_avx512<Bits, R>(a, step, offset, s, w, out);
+  if (isa >= kAvx512Vnni) {
+    return (cold ? tile_avx512<Bits, R, true> : tile_avx512<Bits, R, false>)(a, step, offset, s, w, out);
+  }
   if (isa == kAvx2) return (Bits == 4 ? tile4_avx2<R> : tile8_avx2<R>)(a, step, offset, s, w, out);
 #endif
-  static_cast<void>(isa);
+  static_cast<void>(isa), static_cast<void>(cold);
   tile_generic<Bits, R>(a, step, offset, s, w, out);
 }
 
-using Tile = void (*)(Isa, const int8_t*, const float*, const int32_t*, const Shape&, const uint8_t*,
+using Tile = void (*)(Isa, bool, const int8_t*, const float*, const int32_t*, const Shape&, const uint8_t*,
                       float (*)[kColumns]);
 template <int Bits>
 constexpr Tile kTiles[kRows + 1] = {nullptr,       tile<Bits, 1>, tile<Bits, 2>, tile<Bits, 3>, tile<Bits, 4>,
                                     tile<Bits, 5>, tile<Bits, 6>, tile<Bits, 7>, tile<Bits, 8>};
 
-void finish_by(Isa isa, const Finish& finish, const float* second, const float* bias, float* row) {
+using FinishRows = void (*)(const Finish&, float (*)[kColumns], const float (*)[kColumns], const float*, int, int,
+                            float*, size_t);
+
+FinishRows finish_for(Isa isa) {
 #if MEDCOMPILE_X86
-  if (isa >= kAvx512Vnni) return finish_avx512(finish, second, bias, row);
-  if (isa == kAvx2) return finish_avx2(finish, second, bias, row);
+  if (isa >= kAvx512Vnni) return finish_avx512;
+  if (isa == kAvx2) return finish_avx2;
 #endif
   static_cast<void>(isa);
-  finish_generic(finish, second, bias, row);
+  return finish_generic;
 }
 
 }  // namespace
@@ -297,9 +318,12 @@ void round_rows(Isa isa, const float* x, int m, int first, int last, const Shape
 void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint8_t* weights, const Finish& finish,
               int first, int last, float* y) {
   const int groups = s.groups();
+  const FinishRows store = finish_for(isa);
+  const int panels = (m + kRows - 1) / kRows;
   const Tile* tiles = s.bits == 4 ? kTiles<4> : kTiles<8>;
   for (int t = first; t < last; t++) {
     const size_t at = t * s.tile_bytes();
+    const size_t next = t + 1 < s.tiles() ? s.tile_bytes() / panels : 0;  // bytes of it for each panel to ask for
     const int column = t * kColumns, columns = std::min(kColumns, s.n - column);
     alignas(64) float bias[kColumns] = {};
     if (finish.bias != nullptr) std::copy(finish.bias + column, finish.bias + column + columns, bias);
@@ -313,13 +337,17 @@ void multiply(Isa isa, const Rounded& rounded, int m, const Shape& s, const uint
         __builtin_prefetch(to + static_cast<size_t>(r) * s.n, 1);
         __builtin_prefetch(to + static_cast<size_t>(r) * s.n + kColumns / 2, 1);
       }
-      alignas(64) float out[kRows][kColumns], second[kRows][kColumns];
-      tiles[rows](isa, a, step, offset, s, weights + at, out);
-      if (finish.up != nullptr) tiles[rows](isa, a, step, offset, s, finish.up + at, second);
-      for (int r = 0; r < rows; r++) {
-        finish_by(isa, finish, second[r], bias, out[r]);
-        std::memcpy(to + static_cast<size_t>(r) * s.n, out[r], columns * sizeof(float));
+      // One panel reads weights as fast as memory gives them. Of several, each brings a part of the next tile near.
+      const bool cold = panels == 1 || (t == first && row == 0);
+      const size_t from = at + s.tile_bytes() + row / kRows * next;
+      for (size_t i = 0; panels > 1 && i < next; i += kLine) {
+        __builtin_prefetch(weights + from + i, 0, 2);
+        if (finish.up != nullptr) __builtin_prefetch(finish.up + from + i, 0, 2);
       }
+      alignas(64) float out[kRows][kColumns], second[kRows][kColumns];
+      tiles[rows](isa, cold, a, step, offset, s, weights + at, out);
+      if (finish.up != nullptr) tiles[rows](isa, cold, a, step, offset, s, finish.up + at, second);
+      store(finish, out, second, bias, rows, columns, to, s.n);
     }
   }
 }

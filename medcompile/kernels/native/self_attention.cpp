@@ -213,7 +213,35 @@ TARGET_BF16 void pack_values(const Batch& b, const Head& h, int width, uint32_t*
   }
 }
 
+// 2 to the power of x, for x <= 0, within 4e-6 of it: more than weights keep.
+TARGET_BF16 INLINE __m512 power(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // 0 from there on; in this order NaN stays
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 rest = _mm512_sub_ps(x, whole);  // -0.5 to 0.5: a polynomial through Chebyshev's points
+  __m512 p = _mm512_set1_ps(9.66637e-3f);
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(5.592198e-2f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(2.4022349e-1f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(6.9312105e-1f));
+  p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+// A row of scores, times log2(e), into weights, in pairs; their sum is returned. most: the largest of each lane.
+TARGET_BF16 INLINE float weights_of(const float* scores, int count, __m512 most, uint32_t* to) {
+  const float top = _mm512_reduce_max_ps(most);
+  const __m512 largest = _mm512_set1_ps(top == kNone ? 0.0f : top);
+  __m512 total = _mm512_setzero_ps();
+  for (int j = 0; j < count; j += 2 * kLanes) {
+    const __m512 low = power(_mm512_sub_ps(_mm512_loadu_ps(scores + j), largest));
+    const __m512 high = power(_mm512_sub_ps(_mm512_loadu_ps(scores + j + kLanes), largest));
+    total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+    _mm512_storeu_si512(to + j / 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
 TARGET_BF16 void attend_bf16(const Batch& b, int sequence, int head) {
+  constexpr float kLog2e = 1.44269504088896341f;
   const Head h = find(b, sequence, head);
   const int keys = padded(b.tokens), width = padded(b.width);
   thread_local std::vector<uint32_t> packed_keys, packed_values, pairs;
@@ -224,26 +252,31 @@ TARGET_BF16 void attend_bf16(const Batch& b, int sequence, int head) {
   scores.resize(static_cast<size_t>(kWide) * keys);
   pack_keys(b, h, width, packed_keys.data());
   pack_values(b, h, width, packed_values.data());
-  __m512 sums[kWide][2];
+  for (int j = 0; j < b.tokens; j++) h.mask[j] = std::max(h.mask[j] * kLog2e, -1e38f);  // numbers, and so is the largest
+  __m512 sums[kWide][2], most[kWide];
   for (int i = 0; i < b.tokens; i += kWide) {
     const int count = std::min(kWide, b.tokens - i);
     for (int r = 0; r < kWide; r++) {
-      narrow(h.q + (i + std::min(r, count - 1)) * h.stride, b.width, width, b.scale, pairs.data() + r * width / 2);
+      const float* from = h.q + (i + std::min(r, count - 1)) * h.stride;
+      narrow(from, b.width, width, b.scale * kLog2e, pairs.data() + r * width / 2);
+      most[r] = _mm512_set1_ps(kNone);
     }
     for (int j = 0; j < keys; j += kKeys) {
       pairs_times(pairs.data(), width / 2, packed_keys.data() + static_cast<size_t>(j) * width / 2, width / 2, sums);
       const __m512 low = _mm512_loadu_ps(h.mask.data() + j), high = _mm512_loadu_ps(h.mask.data() + j + kLanes);
       float* to = scores.data() + j;
       for (int r = 0; r < kWide; r++, to += keys) {
-        _mm512_storeu_ps(to, _mm512_add_ps(sums[r][0], low));
-        _mm512_storeu_ps(to + kLanes, _mm512_add_ps(sums[r][1], high));
+        sums[r][0] = _mm512_add_ps(sums[r][0], low);
+        sums[r][1] = _mm512_add_ps(sums[r][1], high);
+        most[r] = _mm512_max_ps(most[r], _mm512_max_ps(sums[r][0], sums[r][1]));
+        _mm512_storeu_ps(to, sums[r][0]);
+        _mm512_storeu_ps(to + kLanes, sums[r][1]);
       }
     }
     float totals[kWide];
     for (int r = 0; r < kWide; r++) {
-      float* row = scores.data() + static_cast<size_t>(r) * keys;
-      totals[r] = exponentials(row, keys);
-      narrow(row, keys, keys, 1.0f, pairs.data() + static_cast<size_t>(r) * keys / 2);
+      const float* row = scores.data() + static_cast<size_t>(r) * keys;
+      totals[r] = weights_of(row, keys, most[r], pairs.data() + static_cast<size_t>(r) * keys / 2);
     }
     for (int d = 0; d < width; d += kKeys) {
       pairs_times(pairs.data(), keys / 2, packed_values.data() + static_cast<size_t>(d) * keys / 2, keys / 2, sums);
