@@ -95,7 +95,7 @@ def _kernels() -> Finding:
     from medcompile.kernels import native
 
     try:
-        return Finding("kernels", True, f"medcompile's own for decoders on onnxruntime-cpu, {native.instruction_set()}")
+        return Finding("kernels", True, f"medcompile's own on onnxruntime-cpu, {native.instruction_set()}")
     except BackendUnavailable as error:
         return Finding("kernels", False, error.message, error.fix)
 
