@@ -127,7 +127,7 @@ def _product(
     packed = native.pack(weight.astype(np.int8), scales.astype(np.float32), bits)
     inputs = [x, constant(model, f"{name}/packed", packed)]
     attributes = {"K": k, "N": n, "block_size": k // len(scales)}
-    form, first = "MatMul", output
+    form = "MatMul"
     add = only_user(output, "Add")
     bias = other_input(add, output) if add is not None else None
     array = stored(bias)
@@ -139,7 +139,7 @@ def _product(
             output = gelu.outputs[0]
         attributes["gelu"] = int(output is not add.outputs[0])
     out = insert(model, node, f"{form}Int{bits}", inputs, f"{name}/native", attributes, native.DOMAIN)
-    replace(output, paged.as_result(model, node, out) if output is first else out)
+    replace(output, paged.as_result(model, node, out) if output is node.outputs[0] else out)
 
 
 def _plain(gelu: ir.Node) -> bool:

@@ -138,6 +138,7 @@ def _onnxruntime(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:
     formats = {
         "int8": _static(base, symmetric=False),
         "int8-dynamic": (replace(_WEIGHTS, name="int8-dynamic", activations=Precision.INT8, dynamic=True),),
+        "int8-g128": _weight_only(base, "int8-g128", ("rtn",), 128),
         "int8-weights": (_WEIGHTS,),
     }
     if objective == "size":

@@ -52,6 +52,21 @@ def test_dynamic_int8_is_the_typed_graph_s(threads: int, tmp_path: Path) -> None
     assert not {"Softmax", "Gelu", "MatMul", "MatMulInteger", "Transpose", "QuantizeLinear"} & set(operators)
 
 
+def test_a_product_without_a_bias_is_ours_too(tmp_path: Path) -> None:
+    source = graphs.write(DYNAMIC, tmp_path / "typed")
+    model = onnx.load(source)
+    for node in model.graph.node:
+        if node.name == "attention.key/Add":  # its product's result goes on as it is, and the sum stays an operator
+            model.graph.output.append(onnx.helper.make_tensor_value_info(node.input[0], 1, None))
+    onnx.save(model, source)
+    (tmp_path / "out").mkdir()
+    made = BACKEND.build(source, graphs.SPEC, DYNAMIC, BACKEND.probe("onnxruntime-cpu"), tmp_path / "out")
+    operators = Counter(n.op_type for n in onnx.load(tmp_path / "out" / made.file, load_external_data=False).graph.node)
+    assert operators["MatMulInt8"] == 1
+    right = next(run_onnx(graphs.typed(DYNAMIC), iter([graphs.feeds(4, 24)]), ("embedding",)))["embedding"]
+    np.testing.assert_allclose(run(tmp_path, made, DYNAMIC), right, atol=2e-3)
+
+
 def test_int8_weights_in_blocks_meet_activations_rounded_block_by_block(tmp_path: Path) -> None:
     made = built(tmp_path, BLOCKS)
     right = next(run_onnx(graphs.typed(BLOCKS), iter([graphs.feeds(4, 24)]), ("embedding",)))["embedding"]
