@@ -93,7 +93,7 @@ def _biomedclip(folder: Path) -> Path:
 def run(folder: Path, model: str, threads: int, rounds: int) -> results.Bench:
     contenders = [*PEERS, *(f"medcompile:{name}" for name in OURS[model])]
     out = folder / f"bench-{model}-{threads}"
-    command = [sys.executable, "-m", "medcompile", "bench", str(folder / model), "-o", str(out)]
+    command = [str(Path(sys.executable).with_name("medcompile")), "bench", str(folder / model), "-o", str(out)]
     command += ["--backends", ",".join(contenders), "--shapes", SHAPES[model], "--reference", FLOAT]
     command += ["--threads", str(threads), "--rounds", str(rounds)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
