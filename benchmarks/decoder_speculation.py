@@ -87,7 +87,8 @@ def llama(path: Path, guess: int, tokens: int) -> Answer:
 
     draft = LlamaPromptLookupDecoding(num_pred_tokens=guess) if guess else None
     threads = len(os.sched_getaffinity(0))
-    model = Llama(str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, draft_model=draft, verbose=False)
+    settings = {"n_ctx": 2048, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
+    model = Llama(str(path), **settings, draft_model=draft, logits_all=guess > 0)  # it judges guesses by all logits
 
     def answer(ids: list[int]) -> Iterator[int]:
         model.reset()
