@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcompile.backends._onnxruntime_step import POOLS, BoundStepModel
+from medcompile.backends._host_pools import POOLS
+from medcompile.backends._onnxruntime_step import BoundStepModel
 from medcompile.kernels.native import ATTENTION_BLOCK
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medcompile.backends._onnxruntime_step import POOLS, BoundStepModel
+from medcompile.backends._host_pools import POOLS
+from medcompile.backends._onnxruntime_step import BoundStepModel
 
 if TYPE_CHECKING:
     import onnxruntime as ort

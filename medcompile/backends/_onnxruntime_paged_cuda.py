@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medcompile.backends._cuda import Cuda
+from medcompile.backends._host_pools import POOLS
 from medcompile.errors import BackendError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 BLOCK_SIZE = 32
-_POOLS = ("k_pool.", "v_pool.")
 _TYPES = {"tensor(float16)": 10, "tensor(bfloat16)": 16}
 """ONNX's numbers of the types that the operator takes, by the library's names of them."""
 _ITEM_BYTES = 2
@@ -47,7 +47,7 @@ class OnnxRuntimeCudaStepModel:
         self._binding = session.io_binding()
         self._cuda = cuda
         self._pools: dict[int, int] = {}  # bytes of a block, by address
-        self._inputs = [node.name for node in session.get_inputs() if not node.name.startswith(_POOLS)]
+        self._inputs = [node.name for node in session.get_inputs() if not node.name.startswith(POOLS)]
         with ExitStack() as stack:
             self._stream = cuda.create_stream()
             stack.callback(cuda.destroy_stream, self._stream)

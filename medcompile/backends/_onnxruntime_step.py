@@ -6,11 +6,12 @@ How a batch is laid out for the graph, and how its pools are bound, is each form
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medcompile.backends._host_pools import POOLS, HostPools
 from medcompile.errors import BackendError
 
 if TYPE_CHECKING:
@@ -20,30 +21,22 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-POOLS = ("k_pool.", "v_pool.")
-"""How the names of inputs that are pools begin."""
 
-
-class BoundStepModel(ABC):
+class BoundStepModel(HostPools, ABC):
     """One decoder's session, and pools of so many blocks. Not thread-safe: a scheduler steps it alone."""
 
     def __init__(self, session: ort.InferenceSession, *, blocks: int, block_size: int) -> None:
+        super().__init__()
         self.blocks = blocks
         self.block_size = block_size
         self.vocabulary = int(session.get_outputs()[0].shape[1])
         self._session: ort.InferenceSession | None = session
         self._binding = session.io_binding()
         self._inputs = {node.name for node in session.get_inputs() if not node.name.startswith(POOLS)}
-        self._pools: list[Array] = []
 
     @abstractmethod
     def _feeds(self, batch: StepBatch) -> Mapping[str, Array]:
         """The graph's inputs but for its pools, contiguous; what the graph does not have is left out by step()."""
-
-    @property
-    def pool_bytes(self) -> int:
-        """Of all blocks of all layers."""
-        return sum(pool.nbytes for pool in self._pools)
 
     def step(self, batch: StepBatch) -> Array:
         """Compute the batch's new tokens. Returns float32 logits [rows, vocabulary]."""
@@ -59,12 +52,6 @@ class BoundStepModel(ABC):
         except RuntimeError as error:
             raise BackendError(f"ONNX Runtime failed: {str(error).strip().partition(chr(10))[0]}") from error
         return logits
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, source to destination, in every layer. Pairs are copied in order."""
-        for source, destination in pairs:
-            for pool in self._pools:
-                pool[destination] = pool[source]
 
     def close(self) -> None:
         self._session = None

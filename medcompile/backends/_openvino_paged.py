@@ -7,13 +7,14 @@ an operator, so the artifact is ONNX. Pools are tensors that the step model owns
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medcompile.backends import Built
+from medcompile.backends._host_pools import POOLS, HostPools
 from medcompile.errors import BackendError, BackendUnavailable
 from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # What compute.kv may say -> the library's KV_CACHE_PRECISION.
 KV_FORMATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "uint8": "u8"}
 BLOCK_SIZE = 32  # the only one that the library's CPU kernel has
-_POOLS = ("k_pool.", "v_pool.")
 
 
 def kv_format(variant: Variant, settings: Mapping[str, Scalar]) -> str:
@@ -140,19 +140,20 @@ def extension(openvino: Any) -> Any:
     return ConversionExtension("PagedAttention", "medcompile", convert)
 
 
-class OpenvinoStepModel:
+class OpenvinoStepModel(HostPools):
     """One compiled decoder, its request, and pools of so many blocks. Not thread-safe: a scheduler steps it alone."""
 
     block_size = BLOCK_SIZE
 
     def __init__(self, openvino: Any, path: Path, config: Mapping[str, Any], *, kv: str, blocks: int) -> None:
         """path: the typed graph. config: of compile_model. kv: one of KV_FORMATS. Raises BackendError."""
+        super().__init__()
         core = openvino.Core()
         core.add_extension(extension(openvino))
         try:
             model = core.read_model(path)
             for parameter in model.get_parameters():
-                if parameter.get_friendly_name().startswith(_POOLS):
+                if parameter.get_friendly_name().startswith(POOLS):
                     parameter.set_element_type(openvino.Type.dynamic)  # the library's own choice, by the precision
             model.validate_nodes_and_infer_types()
             compiled: ov.CompiledModel = core.compile_model(
@@ -166,9 +167,8 @@ class OpenvinoStepModel:
         self.blocks = blocks
         self.vocabulary = int(compiled.output(0).partial_shape[1].get_length())
         self._request: ov.InferRequest | None = compiled.create_infer_request()
-        self._pools: list[Array] = []
         for port in compiled.inputs:
-            if port.any_name.startswith(_POOLS):
+            if port.any_name.startswith(POOLS):
                 sizes = [dim.get_length() for dim in list(port.partial_shape)[1:]]
                 if port.element_type.is_real() and sizes[1] != BLOCK_SIZE:
                     raise BackendError(f"OpenVINO wants blocks of {sizes[1]} tokens for {port.any_name}")
@@ -178,11 +178,6 @@ class OpenvinoStepModel:
                     port.any_name, openvino.Tensor(pool, openvino.Shape([blocks, *sizes]), port.element_type)
                 )
                 self._pools.append(pool)
-
-    @property
-    def pool_bytes(self) -> int:
-        """Of all blocks of all layers."""
-        return sum(pool.nbytes for pool in self._pools)
 
     def step(self, batch: StepBatch) -> Array:
         """Compute the batch's new tokens. Returns float32 logits [rows, vocabulary], which the next step overwrites."""
@@ -202,12 +197,6 @@ class OpenvinoStepModel:
             raise BackendError(f"OpenVINO failed: {_reason(error)}") from error
         logits: Array = result[0]
         return logits
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks, source to destination, in every layer. Pairs are copied in order."""
-        for source, destination in pairs:
-            for pool in self._pools:
-                pool[destination] = pool[source]
 
     def close(self) -> None:
         self._request = None

@@ -21,6 +21,7 @@ import numpy as np
 
 from medcompile.backends import check_feeds
 from medcompile.backends._cuda import Cuda, open_cuda
+from medcompile.backends._host_pools import POOLS
 from medcompile.backends._tensorrt_executor import Plan
 from medcompile.backends._tensorrt_lane import Lane
 from medcompile.errors import BackendError
@@ -42,7 +43,6 @@ _STEP = (
     TensorSpec("logit_rows", "int64", ("rows",)),
 )
 _LOGITS = "logits"
-_POOLS = ("k_pool.", "v_pool.")
 _UPDATED = "/updated"
 """What follows a pool's name where an engine lists it as an output too (rewrites/tensorrt.py)."""
 _ITEM_BYTES = {"HALF": 2, "BF16": 2, "FLOAT": 4}
@@ -67,7 +67,7 @@ class PagedEngine(Plan):
         super().__init__(plan, "generate", library, cuda)
         engine, there = self._engine, self.tensor_names()
         updated = [name for name in there if name.endswith(_UPDATED)]
-        pools = [name for name in there if name.startswith(_POOLS) and name not in updated]
+        pools = [name for name in there if name.startswith(POOLS) and name not in updated]
         inputs = tuple(tensor for tensor in _STEP if tensor.name in there)
         known = {*(t.name for t in inputs), *pools, *(name for name in updated if name.removesuffix(_UPDATED) in pools)}
         if not pools or {*there} - known != {_LOGITS} or engine.num_optimization_profiles != len(profiles):

@@ -57,6 +57,22 @@ def constant(model: ir.Model, name: str, array: np.ndarray[Any, Any]) -> ir.Valu
     return edits.constant(model, name, array) if found is None else found
 
 
+def ints(model: ir.Model, *numbers: int) -> ir.Value:
+    """The initializer of those int64 numbers: a shape, axes."""
+    import numpy as np
+
+    return constant(model, f"dims/{'_'.join(map(str, numbers))}", np.array(numbers, np.int64))
+
+
+TURN = [0, 2, 1, 3]
+"""The transpose that puts heads before tokens, and back."""
+
+
+def perm(turn: ir.Node) -> list[int]:
+    """How a Transpose orders axes."""
+    return list(turn.attributes["perm"].as_ints())
+
+
 def insert(
     model: ir.Model,
     before: ir.Node,

@@ -18,7 +18,7 @@ import numpy as np
 
 from medcompile.errors import BackendError
 from medcompile.kernels import native
-from medcompile.rewrites import constant, insert, only_user, other_input, paged, producer, replace, stored
+from medcompile.rewrites import TURN, constant, insert, only_user, other_input, paged, perm, producer, replace, stored
 from medcompile.rewrites.dynamic_int8 import Rounding, roundings
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from medcompile.kernels.launches import Float
 
     Array = np.ndarray[Any, Any]
-
-_TURN = [0, 2, 1, 3]  # heads before tokens, and back
 
 
 def rewrite(model: ir.Model, *, products: bool, kv: Float, bfloat16: bool) -> dict[str, int]:
@@ -109,12 +107,9 @@ def _dynamic(model: ir.Model, rounding: Rounding) -> None:
     """Products of one activation that is rounded row by row, where rows are of a length that the kernel takes."""
     for product in rounding.products:
         weight, scale = stored(product.weight), stored(product.weight_scale)
-        if (
-            weight is not None
-            and scale is not None
-            and len(weight) % native.GROUP == 0
-            and len(weight) <= native.LONGEST
-        ):
+        if weight is None or scale is None:
+            continue
+        if len(weight) % native.GROUP == 0 and len(weight) <= native.LONGEST:
             scales = np.broadcast_to(scale.reshape(1, -1), (1, weight.shape[1]))
             _product(model, product.node, rounding.activation, weight, scales, 8, product.output)
 
@@ -237,11 +232,11 @@ def _attention(softmax: ir.Node) -> _Attention | None:
             return None
         scale = number
     product = producer(scores, "MatMul")
-    if product is None or _perm(back) != _TURN or not _one_use(scores):
+    if product is None or perm(back) != TURN or not _one_use(scores):
         return None
     rows = [
-        _rows(value, perm)
-        for value, perm in zip((*product.inputs, mixed.inputs[1]), (_TURN, [0, 2, 3, 1], _TURN), strict=True)
+        _rows(value, order)
+        for value, order in zip((*product.inputs, mixed.inputs[1]), (TURN, [0, 2, 3, 1], TURN), strict=True)
     ]
     shape = stored(flat.inputs[1])
     if None in rows or shape is None or shape.size != 3:
@@ -259,19 +254,15 @@ def _number(scaled: ir.Value | None) -> float | None:
     return float(arrays[0].item()) if len(arrays) == 1 else None
 
 
-def _rows(value: ir.Value | None, perm: list[int]) -> tuple[ir.Value, int, int] | None:
+def _rows(value: ir.Value | None, order: list[int]) -> tuple[ir.Value, int, int] | None:
     """The [batch, tokens, heads * head_dim] that value is a turned view of, heads, and head_dim."""
     turn = producer(value, "Transpose")
-    split = producer(turn.inputs[0], "Reshape") if turn is not None and _perm(turn) == perm else None
+    split = producer(turn.inputs[0], "Reshape") if turn is not None and perm(turn) == order else None
     dims = stored(split.inputs[1]) if split is not None else None
     x = split.inputs[0] if split is not None else None
     if x is None or dims is None or dims.size != 4 or dims[2] <= 0 or dims[3] <= 0:
         return None
     return x, int(dims[2]), int(dims[3])
-
-
-def _perm(turn: ir.Node) -> list[int]:
-    return list(turn.attributes["perm"].as_ints())
 
 
 def _per_key(mask: ir.Value | None) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medcompile.rewrites import constant, insert, only_user, other_input, producer, replace, stored
+from medcompile.rewrites import constant, insert, only_user, other_input, perm, producer, replace, stored
 from medcompile.rewrites.dynamic_int8 import Rounding, roundings
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _signed_extremes(model: ir.Model, rounding: Rounding) -> None:
 def _keys(model: ir.Model, node: ir.Node) -> bool:
     """q x k^T, where k^T is one transpose out of [batch, sequence, heads, head_dim]: let the product turn k."""
     turn = producer(node.inputs[1], "Transpose")
-    if turn is None or list(turn.attributes["perm"].as_ints()) != [0, 2, 3, 1] or len(turn.outputs[0].uses()) != 1:
+    if turn is None or perm(turn) != [0, 2, 3, 1] or len(turn.outputs[0].uses()) != 1:
         return False
     output = node.outputs[0]
     keys = insert(model, turn, "Transpose", [turn.inputs[0]], f"{turn.name}/heads", {"perm": [0, 2, 1, 3]})

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medcompile.rewrites import constant, insert, only_user, other_input, producer, replace, stored
+from medcompile.rewrites import TURN, insert, ints, only_user, other_input, perm, producer, replace, stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _DOMAIN = "com.microsoft"
-_TURN = [0, 2, 1, 3]  # heads before tokens, and back
 
 
 def rewrite(model: ir.Model) -> dict[str, int]:
@@ -76,19 +75,16 @@ def _rotary(model: ir.Model, add: ir.Node) -> bool:
     half = int(cos[0].shape[1]) if cos[0].shape is not None else 0  # type: ignore[arg-type]
     if [_bounds(part) for part in (first, second)] != [(0, half), (half, _END)]:
         return False
-    if [list(node.attributes["perm"].as_ints()) for node in (turn, back)] != [_TURN, _TURN]:
+    if [perm(turn), perm(back)] != [TURN, TURN]:
         return False
-
-    def dims(*numbers: int) -> ir.Value:
-        return constant(model, f"dims/{'_'.join(map(str, numbers))}", np.array(numbers, np.int64))
 
     name = f"{add.name or add.outputs[0].name}/rotary"
     rows = _rows(turn.inputs[0], 2 * half) or insert(
-        model, add, "Reshape", [turn.inputs[0], dims(0, 0, -1)], f"{name}/rows"
+        model, add, "Reshape", [turn.inputs[0], ints(model, 0, 0, -1)], f"{name}/rows"
     )
     inputs: list[ir.Value | None] = [rows, cos[1], cos[0], sin[0]]
     turned = insert(model, add, "RotaryEmbedding", inputs, name, {"interleaved": 0}, _DOMAIN)
-    heads = insert(model, add, "Reshape", [turned, dims(0, 0, -1, 2 * half)], f"{name}/heads")
+    heads = insert(model, add, "Reshape", [turned, ints(model, 0, 0, -1, 2 * half)], f"{name}/heads")
     replace(back.outputs[0], heads)
     return True
 

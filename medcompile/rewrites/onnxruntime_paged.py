@@ -18,10 +18,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from medcompile.errors import BackendError
-from medcompile.rewrites import constant, insert, paged, replace
+from medcompile.rewrites import insert, ints, paged, replace
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,10 +74,10 @@ class _Window:
 
         width = insert(model, first, "Shape", [self.bias], f"{name}/width", {"start": 2, "end": 3})
         keys = insert(model, first, "Shape", [self.bias], f"{name}/keys", {"start": 4, "end": 5})
-        same = _ints(model, 0, 0)
-        self.masked = shape("masked", [same, width, _ints(model, group), keys])
-        self.flat = shape("flat", [same, _ints(model, -1), keys])
-        self.mixed = shape("mixed", [same, width, _ints(model, group, head_dim)])
+        same = ints(model, 0, 0)
+        self.masked = shape("masked", [same, width, ints(model, group), keys])
+        self.flat = shape("flat", [same, ints(model, -1), keys])
+        self.mixed = shape("mixed", [same, width, ints(model, group, head_dim)])
 
 
 def _attention(model: ir.Model, node: ir.Node, given: dict[str, ir.Value], window: _Window) -> None:
@@ -92,21 +90,21 @@ def _attention(model: ir.Model, node: ir.Node, given: dict[str, ir.Value], windo
 
     def context(what: str, rows: ir.Value | None, pool: ir.Value) -> ir.Value:
         """The rows written into the pool; then what each tile sees of it, [tiles, kv_heads, keys, head_dim]."""
-        new = op("Reshape", [rows, _ints(model, 0, kv_heads, head_dim)], f"{what}/rows")
+        new = op("Reshape", [rows, ints(model, 0, kv_heads, head_dim)], f"{what}/rows")
         updated = op("ScatterND", [pool, given["slots"], new], f"{what}/updated")
         updated.name, updated.type, updated.shape = f"{pool.name}/updated", pool.type, pool.shape
         model.graph.outputs.append(updated)
         blocks = op("GatherND", [updated, window.context], f"{what}/blocks")
-        return op("Reshape", [blocks, _ints(model, 0, 0, -1, head_dim)], f"{what}/context")
+        return op("Reshape", [blocks, ints(model, 0, 0, -1, head_dim)], f"{what}/context")
 
     q, k, v = (paged.as_float32(model, node, i) for i in range(3))
     k_pool, v_pool = paged.bind_pools(model, node, "float32", (kv_heads, "block_size", head_dim))
     keys, values = context("k", k, k_pool), context("v", v, v_pool)
     tiles = op("Gather", [q, given["grid"]], "tiles", axis=0)  # [tiles, width, heads * head_dim]
-    tiles = op("Reshape", [tiles, _ints(model, 0, 0, kv_heads, group, head_dim)], "tiles/heads")
+    tiles = op("Reshape", [tiles, ints(model, 0, 0, kv_heads, group, head_dim)], "tiles/heads")
     tiles = op("Transpose", [tiles], "tiles/turned", perm=[0, 2, 1, 3, 4])
     # Queries that share their keys are rows of one product.
-    tiles = op("Reshape", [tiles, _ints(model, 0, 0, -1, head_dim)], "tiles/rows")
+    tiles = op("Reshape", [tiles, ints(model, 0, 0, -1, head_dim)], "tiles/rows")
     scale = node.attributes["scale"].as_float()
     scores = op("FusedMatMul", [tiles, keys], "scores", transB=1, alpha=scale)
     scores = op("Reshape", [scores, window.masked], "scores/by_query")  # [tiles, kv_heads, width, group, keys]
@@ -116,7 +114,7 @@ def _attention(model: ir.Model, node: ir.Node, given: dict[str, ir.Value], windo
     mixed = op("MatMul", [weights, values], "mixed")
     mixed = op("Reshape", [mixed, window.mixed], "mixed/by_query")
     mixed = op("Transpose", [mixed], "mixed/turned", perm=[0, 2, 1, 3, 4])
-    mixed = op("Reshape", [mixed, _ints(model, -1, heads * head_dim)], "mixed/flat")
+    mixed = op("Reshape", [mixed, ints(model, -1, heads * head_dim)], "mixed/flat")
     out = op("Gather", [mixed, given["back"]], "out", axis=0)
     replace(node.outputs[0], paged.as_result(model, node, out))
 
@@ -127,7 +125,3 @@ def _input(model: ir.Model, name: str, dtype: str, shape: list[int | str]) -> ir
     value = ir.Value(name=name, type=ir.TensorType(ir.DataType[dtype]), shape=ir.Shape(shape))
     model.graph.inputs.append(value)
     return value
-
-
-def _ints(model: ir.Model, *dims: int) -> ir.Value:
-    return constant(model, f"dims/{'_'.join(map(str, dims))}", np.array(dims, np.int64))
