@@ -92,6 +92,12 @@ class Derived(ir.LazyTensor):
         return converted
 
 
+def read(tensor: ir.TensorProtocol) -> Array:
+    """A stored tensor, whole. One that lies in a file is read as by read_rows()."""
+    sizes = tensor.shape.numpy()
+    return read_rows(tensor, 0, sizes[0] if sizes else 1)
+
+
 def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
     """Rows [start, stop) of a tensor. One that lies in a file is read, not mapped: mapped pages would stay resident."""
     array: Array

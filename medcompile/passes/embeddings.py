@@ -24,6 +24,7 @@ def quantize_embeddings(model: ir.Model) -> None:
     """
     import onnx_ir as ir
 
+    from medcompile.passes.derived import read
     from medcompile.quantizers.rtn import round_to_nearest
 
     found = [node for node in model.graph if _looks_up_tokens(node)]
@@ -35,7 +36,7 @@ def quantize_embeddings(model: ir.Model) -> None:
     for node in found:
         table, ids = node.inputs
         assert table is not None and table.const_value is not None and ids is not None
-        codes, scales = round_to_nearest(table.const_value.numpy().T, 8, None)
+        codes, scales = round_to_nearest(read(table.const_value).T, 8, None)
         stored = constant(model, f"{table.name}/int8", codes.T)
         steps = constant(model, f"{table.name}/scale", scales[:, None])
         base, out = node.name, node.outputs[0]

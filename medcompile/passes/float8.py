@@ -33,6 +33,8 @@ def float8_matmuls(model: ir.Model, group: LinearGroup, stats: Statistics) -> No
     import ml_dtypes
     import numpy as np
 
+    from medcompile.passes.derived import read
+
     first = group.nodes[0]
     activation = first.inputs[0]
     assert activation is not None
@@ -44,7 +46,7 @@ def float8_matmuls(model: ir.Model, group: LinearGroup, stats: Statistics) -> No
     for node in group.nodes:
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
-        array, base = weight.const_value.numpy(), node.name or ""
+        array, base = read(weight.const_value), node.name or ""
         amax = float(np.abs(array).max())
         if not np.isfinite(amax):
             raise QuantizeError(

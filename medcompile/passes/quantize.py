@@ -269,10 +269,11 @@ def _fitting_block(block_size: int | None, channels: int) -> int | None:
 
 
 def _weight(node: ir.Node) -> Array:
+    from medcompile.passes.derived import read
+
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
-    array: Array = weight.const_value.numpy()
-    return array
+    return read(weight.const_value)
 
 
 def _equalized(model: ir.Model, group: LinearGroup, solution: Solution) -> tuple[ir.Value, Array | None]:

@@ -74,9 +74,11 @@ def _codes(node: ir.Node, linear: StoredLinear) -> Array:
     import ml_dtypes
     import numpy as np
 
+    from medcompile.passes.derived import read
+
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
-    array: Array = weight.const_value.numpy()
+    array = read(weight.const_value)
     order = _order(linear)
     if order is not None:
         array = array[order]

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from medcompile import cache
 from medcompile.errors import QuantizeError
 from medcompile.passes.calibrate import Calibrate
 from medcompile.passes.edits import constant
@@ -193,6 +194,18 @@ def test_the_float_program_is_not_changed() -> None:
     before = two_layers.logits(program)
     Quantize()(program, two_layers.context(variant=STATIC))
     np.testing.assert_array_equal(two_layers.logits(program), before)
+
+
+@pytest.mark.parametrize("variant", [DYNAMIC, dataclasses.replace(WEIGHTS, embeddings=Precision.INT8)], ids=["int8", "tables"])
+def test_weights_are_read_and_not_left_mapped(variant: Variant, tmp_path: Path) -> None:
+    """Mapped pages stay resident: a model's float32 weights would all be in memory at the end."""
+    cache.write_program(two_layers.program(), tmp_path)
+    program = cache.read_program(tmp_path)
+    stored = [v.const_value for v in program.graphs["tiny"].model.graph.initializers.values()]
+    in_file = [t for t in stored if isinstance(t, ir.ExternalTensor)]
+    Quantize()(program, two_layers.context(variant=variant))
+    assert len(in_file) >= 3
+    assert [t.name for t in in_file if t.raw is not None] == []
 
 
 def test_two_runs_give_the_same_bytes() -> None:
