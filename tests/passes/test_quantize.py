@@ -196,7 +196,9 @@ def test_the_float_program_is_not_changed() -> None:
     np.testing.assert_array_equal(two_layers.logits(program), before)
 
 
-@pytest.mark.parametrize("variant", [DYNAMIC, dataclasses.replace(WEIGHTS, embeddings=Precision.INT8)], ids=["int8", "tables"])
+@pytest.mark.parametrize(
+    "variant", [DYNAMIC, dataclasses.replace(WEIGHTS, embeddings=Precision.INT8)], ids=["int8", "tables"]
+)
 def test_weights_are_read_and_not_left_mapped(variant: Variant, tmp_path: Path) -> None:
     """Mapped pages stay resident: a model's float32 weights would all be in memory at the end."""
     cache.write_program(two_layers.program(), tmp_path)
