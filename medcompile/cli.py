@@ -8,6 +8,7 @@ recipe, 3 built but over budget.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -59,7 +60,13 @@ app = typer.Typer(
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, _ended)
     app()
+
+
+def _ended(number: int, frame: object) -> None:
+    """Leave as by an exception, so that nothing half-written stays. `serve` has a handler of its own while it runs."""
+    raise SystemExit(128 + number)
 
 
 def _version(wanted: bool) -> None:

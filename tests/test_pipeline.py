@@ -156,6 +156,20 @@ def test_a_build_killed_at_every_step_in_turn_ends_in_the_same_bundle(small: Wor
     assert timeless(out) == timeless(small.bundle)
 
 
+def test_a_build_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    recipe, out = tiny.write_workshop(tmp_path), tmp_path / "engines" / "tiny"
+    process = command_line.start("build", recipe, "--out", out, "--cache", tmp_path / "cache", "--json")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if json.loads(line)["event"] == "begin":
+            process.terminate()
+            break
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(out.parent.iterdir()) == []
+    assert list((tmp_path / "cache/build").glob("tmp-*")) == []
+
+
 @pytest.mark.slow
 def test_two_builds_of_one_recipe_into_one_folder_both_succeed(small: Workshop, tmp_path: Path) -> None:
     recipe, out = tiny.write_workshop(tmp_path), tmp_path / "engines" / "tiny"
