@@ -12,6 +12,7 @@ from pathlib import Path
 
 from medcompile import backends
 from medcompile.errors import BackendUnavailable
+from medcompile.resources import available_cores
 
 _BUILD_LIBRARIES = {
     "torch": "torch",
@@ -57,7 +58,7 @@ def _cpu() -> Finding:
             flags = set(line.split(":", 1)[1].split())
             break
     fast = [name for name in _INSTRUCTIONS if name in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     known = f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}"
     if not flags:
         return Finding("machine", True, f"{known}, instruction sets not told")

@@ -1,11 +1,18 @@
-"""What this process uses of the machine: peak resident memory. Linux tells it exactly; elsewhere since the start."""
+"""What this process may use of the machine, and has used: cores, and peak resident memory (which Linux alone tells
+exactly; elsewhere it is the peak since the start)."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
 from pathlib import Path
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reset_peak_rss() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from medcompile import onnx_files
 from medcompile.errors import BackendUnavailable
+from medcompile.resources import available_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ def session(model: Path | bytes, weights: Path | None = None) -> Any:
     ort = _library()
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = available_cores()
     # A build shares its machine with other work, and threads that wait by spinning take the cores from it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The library would round activations to int8 where it fuses int4 weights with their product: 1 keeps them float32.

@@ -6,7 +6,6 @@ What is tried next, and why, is search's; where the steps of a build come from i
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,9 @@ from medcompile.passes.quantize import Quantize
 from medcompile.passes.sensitivity import sensitivities
 from medcompile.program import Context, Progress
 from medcompile.recipe import Recipe
+from medcompile.resources import available_cores
 from medcompile.run_onnx import run_onnx
+from medcompile.runtime.parallel import load_streamed
 from medcompile.search import Searcher
 from medcompile.search.cost import FLOAT, CostModel, fitted, scaled
 from medcompile.search.line import Group
@@ -259,7 +260,8 @@ class Bench:
             runs = []
             for v, m in ((variant, made), (other, beside)) if other is not None else ((variant, made),):
                 path = m.files / m.artifact.path.rpartition("/")[2]
-                executor = opened.enter_context(loaded(backend, path, spec, v.on(graph), self.target, None))
+                opening = load_streamed if self.objective == "throughput" and not backends.is_paged(spec) else loaded
+                executor = opened.enter_context(opening(backend, path, spec, v.on(graph), self.target, None))
                 runs.append(one_run(executor, spec, profile))
             times: list[list[float]] = [[] for _ in runs]
             warm = time.perf_counter()
@@ -300,7 +302,7 @@ def undisturbed(taken: Sequence[float]) -> float:
 
 def _one_core() -> bool:
     """Whether a run has one thread: then its CPU time is its time, without what others on the machine take from it."""
-    return hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
+    return available_cores() == 1
 
 
 def _groups(model: ir.Model) -> Iterator[dict[str, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 class Executor(ABC):
     """A loaded artifact, ready to run. Thread-safe: several threads may call run() at once. A context manager."""
 
+    streams: int = 1
+    """How many batches run_each() has under way at once."""
+
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec
 
@@ -43,6 +46,11 @@ class Executor(ABC):
     @abstractmethod
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. feeds: every input by name, of its dtype. Returns every output by name; the caller owns them."""
+
+    def run_each(self, batches: Iterable[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
+        """run() of every batch, in order. An error is raised when its batch's turn comes."""
+        for feeds in batches:
+            yield self.run(feeds)
 
     @abstractmethod
     def close(self) -> None:
@@ -107,6 +115,15 @@ class FloatsBackend(Backend, Protocol):
 
     def floats(self) -> tuple[str, ...]:
         """The formats that this machine has for it, the fastest first."""
+        ...
+
+
+@runtime_checkable
+class StreamsBackend(Backend, Protocol):
+    """A backend that can run one artifact several times at once, a core for each."""
+
+    def load_streams(self, path: Path, spec: GraphSpec, variant: Variant, target: Target, streams: int) -> Executor:
+        """As load(), but so many run() at once take one core each."""
         ...
 
 

@@ -23,7 +23,6 @@ The GPU half was tested up to its refusals; nothing of it has run on a GPU yet.
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from medcompile.backends import Built, Executor, check_feeds, is_paged
 from medcompile.errors import BackendError, BackendUnavailable
+from medcompile.resources import available_cores
 from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
 if TYPE_CHECKING:
@@ -171,6 +171,12 @@ class OnnxRuntimeBackend:
             options.register_custom_ops_library(_own_library())
         return OnnxRuntimeExecutor(_session(path, options), spec)
 
+    def load_streams(
+        self, path: Path, spec: GraphSpec, variant: Variant, target: Target, streams: int
+    ) -> OnnxRuntimeExecutor:
+        """A session without threads of its own runs in its caller's, whatever their number."""
+        return self.load(path, spec, variant, target, 1)
+
     def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> StepModel:
         """The decoder that build() made of a paged graph, with pools of so many blocks."""
         options = _load_options(threads)
@@ -249,7 +255,7 @@ def _load_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
     return options
 

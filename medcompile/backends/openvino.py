@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -23,11 +22,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medcompile.backends import Built, Executor, check_feeds, is_paged
 from medcompile.errors import BackendError, BackendUnavailable
+from medcompile.resources import available_cores
 from medcompile.spec import GraphSpec, Scalar, Target, Variant
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class OpenVinoBackend:
         core = _library().Core()
         settings = _settings(variant)
         _check_float(core, settings, variant)
-        config = _config(settings, threads or len(os.sched_getaffinity(0)))
+        config = _config(settings, threads or available_cores())
         try:
             compiled = _compiled_before(core, path, config) or core.compile_model(path, "CPU", config)
         except RuntimeError as error:
@@ -106,6 +107,12 @@ class OpenVinoBackend:
                 fix="build the bundle again with this version of openvino",
             ) from error
         return OpenVinoExecutor(compiled, spec)
+
+    def load_streams(
+        self, path: Path, spec: GraphSpec, variant: Variant, target: Target, streams: int
+    ) -> OpenVinoExecutor:
+        told = replace(variant, compute={**variant.compute, "streams": streams})
+        return self.load(path, spec, told, target, streams)
 
     def load_decoder(self, path: Path, variant: Variant, threads: int | None, blocks: int) -> OpenvinoStepModel:
         """The decoder that build() made of a paged graph, with pools of so many blocks, on the cores that load() takes.
@@ -116,7 +123,7 @@ class OpenVinoBackend:
 
         openvino, settings = _library(), _settings(variant)
         _check_float(openvino.Core(), settings, variant)
-        config = _config(settings, threads or len(os.sched_getaffinity(0)))
+        config = _config(settings, threads or available_cores())
         kv = _openvino_paged.kv_format(variant, settings)
         return _openvino_paged.OpenvinoStepModel(openvino, path, config, kv=kv, blocks=blocks)
 

@@ -17,7 +17,16 @@ import numpy as np
 from medcompile.backends import Executor
 from medcompile.errors import BundleError, InputError, UsageError
 from medcompile.runtime.entities import Entity, LabelScheme, first_tokens
-from medcompile.runtime.text import Text, TextAssets, Tokens, Window, checked, checked_words
+from medcompile.runtime.text import (
+    BATCH_TOKENS,
+    STREAM_TOKENS,
+    Text,
+    TextAssets,
+    Tokens,
+    Window,
+    checked,
+    checked_words,
+)
 from medcompile.spec import GraphSpec
 
 Array = np.ndarray[Any, Any]
@@ -185,9 +194,19 @@ class Encoder:
         if not windows:
             return
         executor = self._executors[spec.name]
-        for batch in self.text.batches(spec, windows, extra):
-            output = executor.run(batch.feeds)[spec.outputs[0].name]
-            yield batch.rows, output[: len(batch.rows)]
+        tokens = BATCH_TOKENS
+        if executor.streams > 1:
+            share = sum(len(w.ids) for w in windows) // (2 * executor.streams)
+            tokens = max(STREAM_TOKENS[0], min(share, STREAM_TOKENS[1]))
+        rows: list[tuple[int, ...]] = []
+
+        def feeds() -> Iterator[Mapping[str, Array]]:
+            for batch in self.text.batches(spec, windows, extra, tokens):
+                rows.append(batch.rows)
+                yield batch.feeds
+
+        for i, outputs in enumerate(executor.run_each(feeds())):
+            yield rows[i], outputs[spec.outputs[0].name][: len(rows[i])]
 
     def _token_logits(self, tokens: Sequence[Tokens]) -> list[Array]:
         """Logits of each text's tokens, float32 [tokens, labels], each token from the window that owns it."""

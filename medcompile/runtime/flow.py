@@ -6,12 +6,13 @@ its caller; forming batches by deadline and priority is stream.py's.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+from medcompile.resources import available_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,7 +20,7 @@ R = TypeVar("R")
 
 def default_threads() -> int:
     """As many threads as this process may use cores, at most four: more only take memory and the model's cores."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, available_cores())
 
 
 def ahead(work: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int | None = None) -> Iterator[R]:

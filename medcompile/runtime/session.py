@@ -23,6 +23,7 @@ from medcompile.bundle import Bundle
 from medcompile.errors import BackendUnavailable, OverBudgetError, UsageError
 from medcompile.runtime.encoder import Encoder, Fill, Score
 from medcompile.runtime.entities import Entity
+from medcompile.runtime.parallel import load_streamed
 from medcompile.runtime.text import Text, TextAssets, read_json
 from medcompile.spec import Artifact, Precision, Target, Variant, Verdict
 
@@ -256,22 +257,26 @@ def load(
     variant: str = AUTO,
     threads: int | None = None,
     kv_blocks: int | None = None,
+    streams: int | None = None,
 ) -> Session:
     """Open the bundle at path, checking the digest of every file that is used.
 
     backend: "auto", a target (onnxruntime-cpu) or a backend (onnxruntime). variant: "auto" or its name; "auto" takes
     the fastest non-inferior one as timed on this machine, else the smallest. A variant that is not non-inferior runs
-    only when named, with a warning. threads: None for every core the process may use. kv_blocks: of decoders, how
+    only when named, with a warning. threads: None for every core the process may use. streams: how
+    many batches of an encoder are under way at once on a CPU; None for as many as threads, and 1 where memory is short
+    (some libraries then hold the weights once more) or other work needs the cores. kv_blocks: of decoders, how
     many blocks of keys and values there are; default, what 8 sequences of full length take.
     Raises BundleError, UsageError (no such variant or backend), OverBudgetError (nothing non-inferior to pick), or
     BackendUnavailable (nothing that is installed here can run it; says what to install).
     """
     if kv_blocks is not None and kv_blocks < 1:
         raise UsageError(f"kv_blocks={kv_blocks}; it must be at least 1", fix="leave it out for 8 full sequences")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads={threads}; it must be at least 1", fix="leave it out to use every core")
+    for name, number in (("threads", threads), ("streams", streams)):
+        if number is not None and number < 1:
+            raise UsageError(f"{name}={number}; it must be at least 1", fix="leave it out to use every core")
     loaded = bundle.read(path, check=False)
-    choice, executors = _available(_rank(loaded, _candidates(loaded, backend, variant)), loaded, threads)
+    choice, executors = _available(_rank(loaded, _candidates(loaded, backend, variant)), loaded, threads, streams)
     if not choice.eligible:
         verdicts = ", ".join(f"{n}: {a.verdict or 'no evidence'}" for n, a in sorted(choice.artifacts.items()))
         log.warning(
@@ -287,11 +292,14 @@ def load(
 class _Executors(Mapping[str, Executor]):
     """Executors by graph name, each loaded when first asked for, once, whatever the number of threads asking."""
 
-    def __init__(self, loaded: Bundle, choice: Choice, backend: Backend, threads: int | None) -> None:
+    def __init__(
+        self, loaded: Bundle, choice: Choice, backend: Backend, threads: int | None, streams: int | None
+    ) -> None:
         self._bundle = loaded
         self._choice = choice
         self._backend = backend
         self._threads = threads
+        self._streams = streams
         self._open: dict[str, Executor] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -301,12 +309,14 @@ class _Executors(Mapping[str, Executor]):
             if self._closed:
                 raise UsageError("this session is closed", fix="load the bundle again")
             if graph not in self._open:
-                self._open[graph] = self._backend.load(
+                self._open[graph] = load_streamed(
+                    self._backend,
                     self._checked(graph),
                     self._bundle.graphs[graph],
                     self._choice.variant.on(graph),
                     self._choice.target,
                     self._threads,
+                    self._streams,
                 )
             return self._open[graph]
 
@@ -400,7 +410,9 @@ def _rank(loaded: Bundle, choices: Iterable[Choice]) -> list[Choice]:
     return sorted(choices, key=key)
 
 
-def _available(ranked: list[Choice], loaded: Bundle, threads: int | None) -> tuple[Choice, _Executors]:
+def _available(
+    ranked: list[Choice], loaded: Bundle, threads: int | None, streams: int | None
+) -> tuple[Choice, _Executors]:
     """The first choice whose backend works here. Libraries are imported in that order only, because imports are slow.
 
     Latencies timed on another kind of machine don't count: once a target turns out to be one, its choices are ranked
@@ -422,7 +434,7 @@ def _available(ranked: list[Choice], loaded: Bundle, threads: int | None) -> tup
         if choice.latency_ms is not None and not choice.timed_on(target):
             waiting = _rank(loaded, [_untimed(c) if c.target.name == name else c for c in (choice, *waiting)])
             continue
-        executors = _Executors(loaded, choice, backend, threads)
+        executors = _Executors(loaded, choice, backend, threads, streams)
         try:
             if target.device != "cpu":
                 executors.load()

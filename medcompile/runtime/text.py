@@ -31,6 +31,8 @@ Text = str | bytes
 
 BATCH_TOKENS = 4096
 """Rows times padded length of one batch: bounds the memory of a run whatever the input's size."""
+STREAM_TOKENS = (256, 1024)
+"""The same where batches run side by side: at least, and at most. Small ones fit a core's cache and end together."""
 SLICE = 256
 """Texts tokenized at once; a tokenizer's encodings weigh some hundred bytes per token until they are cut down."""
 
@@ -220,9 +222,13 @@ class TextAssets:
         return self.windows(item, cut, length)[0]
 
     def batches(
-        self, spec: GraphSpec, windows: Sequence[Window], extra: Mapping[str, Array] | None = None
+        self,
+        spec: GraphSpec,
+        windows: Sequence[Window],
+        extra: Mapping[str, Array] | None = None,
+        tokens: int = BATCH_TOKENS,
     ) -> Iterator[Batch]:
-        """Pack windows into feeds for spec, longest first, each batch within BATCH_TOKENS and one profile.
+        """Pack windows into feeds for spec, longest first, each batch within so many tokens and one profile.
 
         extra: further inputs by name, one entry per window. Raises ProfileError if no profile holds a window.
         """
@@ -231,7 +237,7 @@ class TextAssets:
         while taken < len(order):
             batch, sequence = _fitting_axes(spec, len(windows[order[taken]].ids))
             length = max(sequence.min, len(windows[order[taken]].ids))
-            rows = order[taken : taken + max(1, min(batch.max, BATCH_TOKENS // length))]
+            rows = order[taken : taken + max(1, min(batch.max, tokens // length))]
             taken += len(rows)
             filled = rows + [rows[0]] * (batch.min - len(rows))
             feeds = self._feeds([windows[i] for i in filled], length)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from medcompile.backends import check_feeds
+from medcompile.backends import Executor, check_feeds
 from medcompile.runtime.text import TextAssets
 from medcompile.spec import Axis, GraphSpec, Profile, TensorSpec
 
@@ -63,52 +63,38 @@ def spec(
     return GraphSpec(task, tuple(inputs), (output,), (profile,))
 
 
-class FakeExecutor:
+class FakeExecutor(Executor):
     """Answers that change if an id, a type, the mask or the place of a row is wrong, and that never see padding."""
 
     def __init__(self, graph: GraphSpec) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.shapes: list[tuple[int, ...]] = []
         self.threads: set[int] = set()
-        self.closed = False
+        self.is_closed = False
         width = graph.outputs[0].shape[-1]
         assert isinstance(width, int)
         self.table = np.random.default_rng(0).normal(size=(len(VOCABULARY), width))
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self.graph.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self.graph.outputs
-
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        check_feeds(self.graph, feeds)
-        assert not self.closed
+        check_feeds(self.spec, feeds)
+        assert not self.is_closed
         self.shapes.append(feeds["input_ids"].shape)
         self.threads.add(threading.get_ident())
         mask = feeds["attention_mask"][..., None]
         features = self.table[feeds["input_ids"]] * (1 + feeds["token_type_ids"][..., None])
-        if self.graph.name in ("embed", "sequence-classification"):
+        if self.spec.name in ("embed", "sequence-classification"):
             answer = (features * mask).sum(1) / mask.sum(1)
         else:
             answer = features.copy()
             for shift in range(1, RADIUS + 1):
                 answer[:, shift:] += (features * mask)[:, :-shift] / 4
                 answer[:, :-shift] += (features * mask)[:, shift:] / 3
-            if self.graph.name == "fill-mask":
+            if self.spec.name == "fill-mask":
                 answer = answer[np.arange(len(answer)), feeds["mask_position"]]
-        return {self.graph.outputs[0].name: answer.astype(np.float32)}
+        return {self.spec.outputs[0].name: answer.astype(np.float32)}
 
     def close(self) -> None:
-        self.closed = True
-
-    def __enter__(self) -> FakeExecutor:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        self.is_closed = True
 
 
 def write_assets(folder: Path, **facts: Any) -> None:

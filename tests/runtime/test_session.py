@@ -210,7 +210,7 @@ def test_each_tasks_artifact_is_loaded_once_and_only_when_used(tmp_path: Path, f
     assert [task for task, _, _ in fake["fake"].loaded] == ["embed", "token-classification"]
     session.close()
     session.close()
-    assert all(e.closed for e in fake["fake"].executors)
+    assert all(e.is_closed for e in fake["fake"].executors)
     with pytest.raises(UsageError, match="closed"):
         session.embed("pain")
 

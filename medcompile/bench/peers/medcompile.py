@@ -42,6 +42,8 @@ class Ours(Peer):
         )
 
     def open(self, job: Job) -> Runner:
+        from medcompile.runtime.parallel import load_streamed
+
         found = bundle.read(job.bundle, check=False)
         name, _, target = job.option.removesuffix(PLAIN).partition("@")
         artifact = next(a for a in found.artifacts if (a.variant, a.target.name, a.graph) == (name, target, job.task))
@@ -62,7 +64,7 @@ class Ours(Peer):
             return _decoder(job, found, artifact, notes)
         found.check(found.under(found.folder_of(artifact)))
         spec = found.graphs[job.task]
-        executor = backend.load(found.root / artifact.path, spec, variant, artifact.target, job.threads)
+        executor = load_streamed(backend, found.root / artifact.path, spec, variant, artifact.target, job.threads)
         wanted = {tensor.name for tensor in spec.inputs}
         output = spec.outputs[0].name
 
