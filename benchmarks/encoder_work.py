@@ -9,7 +9,8 @@ of ncbi-disease, conversations of mts-dialog and notes of aci-bench, so many tex
 MEDCOMPILE_DATA names. Others are used as their documentation has it, with the best of their batch sizes 1, 8 and 32
 (bench/peers); --python gives those that need another interpreter theirs. Embeddings of texts beyond the model's
 window are those of their beginning with the others, and of all their windows with us, who then compute more. Ratios
-are medians within a round, with their 95 % intervals, of texts/s to each contender's.
+are medians within a round, with their 95 % intervals, of texts/s to each contender's. What has a bench.json in FOLDER
+is not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PIPELINES = ("transformers_pipeline", "optimum")
 SENTENCES = ("sentence_transformers", "sentence_transformers_onnx", "sentence_transformers_openvino")
 TITLES = {"minilm": "Embeddings (MiniLM, 6 layers)", "ner": "Entities (MiniLM, 6 layers, diseases)"}
 PEERS = {"minilm": (*PIPELINES, *SENTENCES), "ner": PIPELINES}
-WORK = {"ncbi-disease-devel": 512, "mts-dialogues": 256, "aci-bench": 64}
+WORK = {"ncbi-disease-devel": 512, "mts-dialogues": 256, "aci-bench": 16}
 """Manifests of calibration/, and how many of their texts are one call."""
 
 
@@ -56,6 +57,8 @@ def build(folder: Path, checkpoint: Path, data: Path) -> None:
 
 def run(folder: Path, model: str, work: str, given: argparse.Namespace) -> results.Bench:
     out = folder / f"bench-{model}-{work}"
+    if (out / "bench.json").is_file():
+        return results.read(out / "bench.json")
     command = [str(Path(sys.executable).with_name("medcompile")), "bench", str(folder / model), "-o", str(out)]
     command += ["--clock", "text", "--shapes", str(WORK[work]), "--data", str(ROOT / f"calibration/{work}.yaml")]
     command += ["--backends", ",".join([*PEERS[model], *OURS]), "--reference", "transformers_pipeline"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class StreamedExecutor(Executor):
         head = list(islice(source, 2))
         if len(head) == 1:
             yield self.run(head[0])
-        else:
+        elif head:
             yield from self._side_by_side(chain(head, source))
 
     def _side_by_side(self, batches: Iterable[Feeds]) -> Iterator[dict[str, Array]]:
@@ -100,14 +100,26 @@ class StreamedExecutor(Executor):
         waiting: deque[Future[dict[str, Array]]] = deque()
         try:
             for feeds in batches:
-                waiting.append(self._pool.submit(narrow.run, feeds))
+                waiting.append(self._submitted(narrow, feeds))
                 if len(waiting) > 2 * self.streams:
-                    yield waiting.popleft().result()
+                    yield self._answer(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._answer(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _submitted(self, narrow: Executor, feeds: Feeds) -> Future[dict[str, Array]]:
+        try:
+            return self._pool.submit(narrow.run, feeds)
+        except RuntimeError:  # what a pool says after its shutdown
+            raise self.closed() from None
+
+    def _answer(self, future: Future[dict[str, Array]]) -> dict[str, Array]:
+        try:
+            return future.result()
+        except CancelledError:  # by close()
+            raise self.closed() from None
 
     def _streams(self) -> Executor:
         with self._lock:

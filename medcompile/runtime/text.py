@@ -31,7 +31,7 @@ Text = str | bytes
 
 BATCH_TOKENS = 4096
 """Rows times padded length of one batch: bounds the memory of a run whatever the input's size."""
-STREAM_TOKENS = (256, 1024)
+STREAM_TOKENS = (256, 512)
 """The same where batches run side by side: at least, and at most. Small ones fit a core's cache and end together."""
 SLICE = 256
 """Texts tokenized at once; a tokenizer's encodings weigh some hundred bytes per token until they are cut down."""

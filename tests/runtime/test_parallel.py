@@ -128,6 +128,36 @@ def test_both_are_closed_and_nothing_runs_afterwards() -> None:
         streamed.run(feeds(8))
 
 
+def test_closing_between_batches_is_told() -> None:
+    streamed, _, _ = opened()
+    answers = streamed.run_each(feeds(1) for _ in range(20))
+    next(answers)
+    streamed.close()
+    with pytest.raises(BackendError, match="closed"):
+        list(answers)
+
+
+class Gated(Adder):
+    """Runs as often as the gate lets it."""
+
+    gate = threading.Semaphore(1)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        assert self.gate.acquire(timeout=20)
+        return super().run(feeds)
+
+
+def test_what_still_waits_for_a_stream_when_it_is_closed_is_told() -> None:
+    streamed = StreamedExecutor(Adder(), Gated, 2)
+    answers = streamed.run_each(feeds(1) for _ in range(5))
+    next(answers)
+    threading.Timer(0.1, Gated.gate.release, (20,)).start()  # closing waits for the two runs under way
+    streamed.close()
+    assert len([next(answers), next(answers)]) == 2
+    with pytest.raises(BackendError, match="closed"):
+        next(answers)
+
+
 class Device:
     """A backend that has streams, of which nothing but load() is asked."""
 
