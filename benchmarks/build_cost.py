@@ -82,7 +82,10 @@ def olive(checkpoint: Path, out: Path) -> None:
     run(
         {
             "input_model": {"type": "HfModel", "model_path": str(checkpoint), "task": "feature-extraction"},
-            "passes": {"export": {"type": "OnnxConversion"}, "int8": {"type": "OnnxDynamicQuantization"}},
+            "passes": {
+                "export": {"type": "OnnxConversion", "use_dynamo_exporter": True},
+                "int8": {"type": "OnnxDynamicQuantization"},
+            },
             "output_dir": str(out / "model"),
             "cache_dir": str(out / "cache"),
             "evaluate_input_model": False,

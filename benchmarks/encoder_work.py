@@ -8,7 +8,9 @@ and CHECKPOINT, which finds diseases (benchmarks/ner.yaml). run: `medcompile ben
 of ncbi-disease, conversations of mts-dialog and notes of aci-bench, so many texts in one call; DATA is what
 MEDCOMPILE_DATA names. Others are used as their documentation has it, with the best of their batch sizes 1, 8 and 32
 (bench/peers); --python gives those that need another interpreter theirs. Embeddings of texts beyond the model's
-window are those of their beginning with the others, and of all their windows with us, who then compute more. Ratios
+window are those of their beginning with the others, and of all their windows with us, who then compute more. Entities
+of such texts depend on where windows are cut, with the pipeline's stride or ours: on notes of aci-bench our own float32
+agrees with the pipeline's to an F1 of 0.87, and all that differs lies behind the first window. Ratios
 are medians within a round, with their 95 % intervals, of texts/s to each contender's. What has a bench.json in FOLDER
 is not run again.
 """
