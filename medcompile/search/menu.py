@@ -171,7 +171,14 @@ def _openvino_decoder(floats: tuple[str, ...], objective: str) -> tuple[Menu, ..
 
 
 def _onnxruntime_decoder(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:
-    return (_decoder_menu("float32", Variant(FLOAT), (128, 32)),)
+    base = Variant(FLOAT)
+    menu = _decoder_menu("float32", base, (128, 32))
+    # Products of 8 bits: where all weights fit the cache, arithmetic decides, and 4 bits are no faster.
+    products = {
+        "int8-dynamic": (replace(_WEIGHTS, name="int8-dynamic", activations=Precision.INT8, dynamic=True),),
+        "int8-g128": _weight_only(base, "int8-g128", ("rtn",), 128),
+    }
+    return (replace(menu, formats={**menu.formats, **products}),)
 
 
 def _tensorrt_decoder(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:

@@ -7,7 +7,7 @@ import pytest
 from medcompile.search.cost import CostModel, assumed, fitted, scaled
 from medcompile.search.line import Option, hull, line
 from medcompile.search.looks import at_looks, error_to_pass, promising
-from medcompile.search.menu import menus
+from medcompile.search.menu import format_of, menus
 from medcompile.search.record import read, write
 from medcompile.spec import Margin, Target, Variant, Verdict
 from tests.search.planted import PlantedBench, searcher
@@ -186,6 +186,13 @@ def test_after_a_look_that_failed_by_little_the_next_point_is_only_a_little_safe
     assert error_to_pass([far], last=False) < 0.3
     share = error_to_pass([short], last=False)
     assert 0.005 * share + 0.016 * share**0.5 == pytest.approx(0.9 * 0.02)
+
+
+def test_onnxruntime_has_products_of_8_bits_for_decoders() -> None:
+    target = Target("onnxruntime-cpu", "onnxruntime", "cpu", "x86_64", "linux", "1")
+    (menu,) = menus(target, ("float32",), "latency", decoder=True)
+    assert list(menu.formats) == ["int4-g128", "int4-g32", "int8-weights", "int8-dynamic", "int8-g128"]
+    assert [format_of(way) for ways in menu.formats.values() for way in ways[:1]] == list(menu.formats)
 
 
 def test_onnxruntime_may_leave_activations_unscaled_where_rescaling_costs_time() -> None:
