@@ -165,19 +165,24 @@ def _pieces(source: str, tensor: Any, groups: int) -> Iterator[Array]:
     """The tensor in float32, in pieces of whole rows; of a tensor of several groups of rows, a group at a time."""
     import gguf
 
-    data = tensor.data
-    row_values = int(tensor.shape[0])
-    rows = int(np.prod(tensor.shape[1:])) if len(tensor.shape) > 1 else 1
-    step = rows // groups if groups > 1 else max(1, _PIECE_VALUES // row_values)
-    for start in range(0, rows, step):
-        part = data if data.ndim == 1 else data[start : start + step]
+    def floats(part: Array) -> Array:
         try:
-            yield gguf.quants.dequantize(part, tensor.tensor_type).astype(np.float32, copy=False)
+            made: Array = gguf.quants.dequantize(part, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError as error:
             raise SourceError(
                 f"{source}: {tensor.name} is {tensor.tensor_type.name}, which the gguf package does not read",
                 fix=_USE_ORIGINAL,
             ) from error
+        return made
+
+    data = tensor.data
+    if data.ndim == 1:  # a bias: a row is one value
+        yield from np.split(floats(data), groups)
+        return
+    rows = int(np.prod(tensor.shape[1:]))
+    step = rows // groups if groups > 1 else max(1, _PIECE_VALUES // int(tensor.shape[0]))
+    for start in range(0, rows, step):
+        yield floats(data[start : start + step])
 
 
 def _unturned(rows: Array) -> Array:

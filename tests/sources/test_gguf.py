@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from medcompile import sources
@@ -102,6 +102,24 @@ def test_a_float_file_gives_back_every_weight_config_and_tokenizer(original: Pat
     ids = np.arange(3, 20)
     both = [decoders.logits_of(decoders.reference(folder), ids) for folder in (made.folder, original)]
     np.testing.assert_allclose(*both, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, gguf.GGMLQuantizationType.Q8_0], ids=["float", "Q8_0"])
+def test_biases_of_attention_come_back_in_order(kind: Any, original: Path, tmp_path: Path) -> None:
+    tensors, random = load_file(original / "model.safetensors"), np.random.default_rng(0)
+    for name in [n for n in tensors if "self_attn" in n and n.endswith("_proj.weight")]:
+        tensors[name.replace("weight", "bias")] = random.normal(size=len(tensors[name])).astype(np.float32)
+    biased, place = tmp_path / "original", tmp_path / "made"
+    biased.mkdir()
+    place.mkdir()
+    save_file(tensors, biased / "model.safetensors")
+    write_gguf(place / "model.gguf", biased, kind=kind)
+    made = sources.resolve(f"path:{place}", cache=tmp_path / "cache")
+    found = load_file(made.folder / "model.safetensors")
+    assert made.config["attention_bias"] is True
+    assert found.keys() == tensors.keys()
+    for name in [n for n in tensors if n.endswith("bias")]:
+        np.testing.assert_array_equal(found[name], tensors[name], err_msg=name)
 
 
 def test_a_quantized_file_is_dequantized_once(original: Path, tmp_path: Path) -> None:
