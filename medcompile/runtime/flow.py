@@ -23,22 +23,30 @@ def default_threads() -> int:
     return min(4, available_cores())
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], *, depth: int, threads: int | None = None) -> Iterator[R]:
+def ahead(
+    work: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    depth: int,
+    threads: int | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> Iterator[R]:
     """work(item) for every item, in order, made by threads up to depth items ahead of the one that was asked for last.
 
     items is read in the caller's thread, and never further than depth ahead: that bounds the memory. An error of work
     or items is raised when its turn comes, after every result before it. Closing the iterator drops work not begun.
+    pool: whose threads to use, and to leave open, instead of threads of its own.
     """
     source = iter(items)
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="medcompile-ahead")
+    workers = pool or ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="medcompile-ahead")
     failure: Exception | None = None
 
     def read(count: int) -> None:
         nonlocal failure
         try:
             for item in islice(source, count):
-                waiting.append(pool.submit(work, item))
+                waiting.append(workers.submit(work, item))
         except Exception as error:  # noqa: BLE001  # the source's own error, raised below once its turn has come
             failure = error
 
@@ -52,4 +60,7 @@ def ahead(work: Callable[[T], R], items: Iterable[T], *, depth: int, threads: in
         if failure is not None:
             raise failure
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        if pool is None:
+            workers.shutdown(wait=False)

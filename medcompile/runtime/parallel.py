@@ -7,9 +7,8 @@ come together go to whichever stream is free, and a batch that comes alone is cu
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from medcompile.backends import Backend, Executor, StreamsBackend, check_feeds
 from medcompile.resources import available_cores
+from medcompile.runtime.flow import ahead
 from medcompile.spec import GraphSpec, Target, Variant
 
 if TYPE_CHECKING:
@@ -96,30 +96,12 @@ class StreamedExecutor(Executor):
 
     def _side_by_side(self, batches: Iterable[Feeds]) -> Iterator[dict[str, Array]]:
         """In order, and read no further ahead than keeps every stream busy."""
-        narrow = self._streams()
-        waiting: deque[Future[dict[str, Array]]] = deque()
         try:
-            for feeds in batches:
-                waiting.append(self._submitted(narrow, feeds))
-                if len(waiting) > 2 * self.streams:
-                    yield self._answer(waiting.popleft())
-            while waiting:
-                yield self._answer(waiting.popleft())
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def _submitted(self, narrow: Executor, feeds: Feeds) -> Future[dict[str, Array]]:
-        try:
-            return self._pool.submit(narrow.run, feeds)
-        except RuntimeError:  # what a pool says after its shutdown
-            raise self.closed() from None
-
-    def _answer(self, future: Future[dict[str, Array]]) -> dict[str, Array]:
-        try:
-            return future.result()
-        except CancelledError:  # by close()
-            raise self.closed() from None
+            yield from ahead(self._streams().run, batches, depth=2 * self.streams, pool=self._pool)
+        except (CancelledError, RuntimeError) as error:
+            if self._closed:  # what a pool cancelled, or did not take any more
+                raise self.closed() from error
+            raise
 
     def _streams(self) -> Executor:
         with self._lock:
