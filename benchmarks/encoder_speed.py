@@ -17,7 +17,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import medcompile
@@ -94,13 +94,16 @@ def _biomedclip(folder: Path) -> Path:
 
 def run(folder: Path, model: str, threads: int, rounds: int) -> results.Bench:
     contenders = [*PEERS, *[STREAMS] * (threads > 1), *(f"medcompile:{name}" for name in OURS[model])]
-    out = folder / f"bench-{model}-{threads}"
-    if (out / "bench.json").is_file():
-        return results.read(out / "bench.json")
-    command = [str(Path(sys.executable).with_name("medcompile")), "bench", str(folder / model), "-o", str(out)]
-    command += ["--backends", ",".join(contenders), "--shapes", SHAPES[model], "--reference", FLOAT]
-    command += ["--threads", str(threads), "--rounds", str(rounds)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    words = ["--backends", ",".join(contenders), "--shapes", SHAPES[model], "--reference", FLOAT]
+    words += ["--threads", str(threads), "--rounds", str(rounds)]
+    return benched(folder / model, folder / f"bench-{model}-{threads}", words)
+
+
+def benched(bundle: Path, out: Path, words: list[str], environment: Mapping[str, str] | None = None) -> results.Bench:
+    """What `medcompile bench` finds with those options; what out already has of an earlier run."""
+    if not (out / "bench.json").is_file():
+        command = [str(Path(sys.executable).with_name("medcompile")), "bench", str(bundle), "-o", str(out), *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return results.read(out / "bench.json")
 
 
@@ -132,9 +135,15 @@ def _timing(bench: results.Bench, name: str, cell: str) -> results.Timing | None
 def _told(timing: results.Timing | None, peer: results.Timing | None) -> str:
     if timing is None or timing.p50 is None:
         return "not run"
-    found = statistics.ratio(timing.turns, peer.turns) if peer is not None and peer is not timing else None
+    found = told_ratio(timing, peer) if peer is not None else ""
+    return f"{timing.p50:.3g} ms" + (f", {found}" if found else "")
+
+
+def told_ratio(timing: results.Timing, peer: results.Timing) -> str:
+    """How long the one takes, the other being 1, with the interval; nothing of a timing beside itself."""
+    found = statistics.ratio(timing.turns, peer.turns) if peer is not timing else None
     interval = f" [{found.low:.2f}, {found.high:.2f}]" if found and found.low and found.high else ""
-    return f"{timing.p50:.3g} ms" + (f", {found.value:.2f}{interval}" if found else "")
+    return f"{found.value:.2f}{interval}" if found else ""
 
 
 def main() -> None:

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from encoder_speed import BF16, benched, told_ratio
+
 import medcompile
-from medcompile.bench import results, statistics
+from medcompile.bench import results
 
 ROOT = Path(__file__).resolve().parent.parent
-BF16 = "{weights: int8, activations: int8, symmetric: false, compute: {float: bfloat16}}"
 OURS = ("medcompile:int8-bf16@openvino-cpu", "medcompile:int8-dynamic@onnxruntime-cpu")
 PIPELINES = ("transformers_pipeline", "optimum")
 SENTENCES = ("sentence_transformers", "sentence_transformers_onnx", "sentence_transformers_openvino")
@@ -58,17 +57,12 @@ def build(folder: Path, checkpoint: Path, data: Path) -> None:
 
 
 def run(folder: Path, model: str, work: str, given: argparse.Namespace) -> results.Bench:
-    out = folder / f"bench-{model}-{work}"
-    if (out / "bench.json").is_file():
-        return results.read(out / "bench.json")
-    command = [str(Path(sys.executable).with_name("medcompile")), "bench", str(folder / model), "-o", str(out)]
-    command += ["--clock", "text", "--shapes", str(WORK[work]), "--data", str(ROOT / f"calibration/{work}.yaml")]
-    command += ["--backends", ",".join([*PEERS[model], *OURS]), "--reference", "transformers_pipeline"]
-    command += ["--rounds", str(given.rounds), "--threads", str(given.threads), "--no-limits"]
-    command += [part for name in given.python for part in ("--python", name)]
+    words = ["--clock", "text", "--shapes", str(WORK[work]), "--data", str(ROOT / f"calibration/{work}.yaml")]
+    words += ["--backends", ",".join([*PEERS[model], *OURS]), "--reference", "transformers_pipeline"]
+    words += ["--rounds", str(given.rounds), "--threads", str(given.threads), "--no-limits"]
+    words += [part for name in given.python for part in ("--python", name)]
     environment = os.environ | {"MEDCOMPILE_DATA": str(given.data.resolve())}
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
-    return results.read(out / "bench.json")
+    return benched(folder / model, folder / f"bench-{model}-{work}", words, environment)
 
 
 def table(bench: results.Bench, work: str) -> Iterator[str]:
@@ -81,11 +75,7 @@ def table(bench: results.Bench, work: str) -> Iterator[str]:
     yield f"| contender | texts/s | {' | '.join(heads)} | peak MB | answers as the reference's |"
     yield "|---" * (4 + len(heads)) + "|"
     for entry, timing in ran:
-        cells = []
-        for name, own in ours.items():
-            found = statistics.ratio(timing.turns, own.turns) if name != entry.name else None
-            interval = f" [{found.low:.2f}, {found.high:.2f}]" if found and found.low and found.high else ""
-            cells.append(f"{found.value:.2f}{interval}" if found else "")
+        cells = [told_ratio(timing, own) for own in ours.values()]
         accuracy = timing.accuracy
         agree = ""
         if accuracy is not None:
