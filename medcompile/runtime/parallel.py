@@ -43,9 +43,11 @@ def load_streamed(
     """The artifact at path, in streams where there are several: batches run side by side, a core each.
 
     streams None: as many as threads, on a CPU, where the backend has streams and the graph takes batches of any size.
+    There are never more than threads.
     """
     wide = backend.load(path, spec, variant, target, threads)
-    count = streams or threads or available_cores()
+    cores = threads or available_cores()
+    count = min(streams or cores, cores)
     if target.device != "cpu" or count == 1 or not isinstance(backend, StreamsBackend) or not _in_rows(spec):
         return wide
     return StreamedExecutor(wide, lambda: backend.load_streams(path, spec, variant, target, count), count)

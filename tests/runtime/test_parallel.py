@@ -194,6 +194,7 @@ WHOLE = GraphSpec("whole", SPEC.inputs, (TensorSpec("sum", "int64", ()),), SPEC.
         (SPEC, "cpu", 8, 3, 3),
         (SPEC, "cpu", 1, None, 1),
         (SPEC, "cpu", 2, 1, 1),
+        (SPEC, "cpu", 2, 8, 2),
         (SPEC, "cuda", 2, None, 1),
         (FIXED, "cpu", 2, None, 1),
         (LARGE, "cpu", 2, None, 1),
