@@ -154,10 +154,11 @@ def test_an_unknown_reference_or_option_is_refused_before_anything_starts(tmp_pa
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from medcompile.bench import harness
 from tests.bench.test_harness import plan
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 asked = plan(Path(sys.argv[1]), *sys.argv[2:], rounds=200)
 harness.run(asked, lambda line: print(line, flush=True))
 """
