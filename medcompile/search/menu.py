@@ -118,15 +118,17 @@ def _weight_only(
     return tuple(replace(made, method=method) for method in methods)
 
 
+def _dynamic(base: Variant) -> dict[str, tuple[Variant, ...]]:
+    made = replace(base, name="int8-dynamic", weights=Precision.INT8, activations=Precision.INT8, dynamic=True)
+    return {"int8-dynamic": (made,)}
+
+
 def _openvino(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:
     found = []
     for dtype in (f for f in ("bfloat16", "float32") if f in floats):
         base = Variant(FLOAT, compute={"float": dtype})
-        dynamic = replace(base, name="int8-dynamic", weights=Precision.INT8, activations=Precision.INT8, dynamic=True)
-        formats = {
-            "int8": _static(base, symmetric=False),
-            "int8-dynamic": (replace(dynamic, compute={**base.compute, "dynamic_group": 128}),),
-        }
+        grouped = replace(base, compute={**base.compute, "dynamic_group": 128})
+        formats = {"int8": _static(base, symmetric=False), **_dynamic(grouped)}
         if objective == "size":
             formats |= {"int4-g32": _weight_only(base, "int4-g32", ("awq", "gptq", "rtn"), 32)}
         found.append(Menu(dtype, base, formats))
@@ -137,7 +139,7 @@ def _onnxruntime(floats: tuple[str, ...], objective: str) -> tuple[Menu, ...]:
     base = Variant(FLOAT)
     formats = {
         "int8": _static(base, symmetric=False),
-        "int8-dynamic": (replace(_WEIGHTS, name="int8-dynamic", activations=Precision.INT8, dynamic=True),),
+        **_dynamic(base),
         "int8-g128": _weight_only(base, "int8-g128", ("rtn",), 128),
         "int8-weights": (_WEIGHTS,),
     }
@@ -163,10 +165,11 @@ def _openvino_decoder(floats: tuple[str, ...], objective: str) -> tuple[Menu, ..
     for group in (128, 32, 0):
         for dtype in (f for f in ("bfloat16", "float32") if f in floats):
             compute: dict[str, Scalar] = {"float": dtype, "kv": dtype, "dynamic_group": group}
-            blocks = (128, 32) if group == 0 else (group,)
-            found.append(
-                _decoder_menu(f"{dtype}, activations by {group or 'none'}", Variant(FLOAT, compute=compute), blocks)
+            base = Variant(FLOAT, compute=compute)
+            menu = _decoder_menu(
+                f"{dtype}, activations by {group or 'none'}", base, (128, 32) if group == 0 else (group,)
             )
+            found.append(replace(menu, formats={**menu.formats, **_dynamic(base)}) if group else menu)
     return tuple(found)
 
 
@@ -174,10 +177,7 @@ def _onnxruntime_decoder(floats: tuple[str, ...], objective: str) -> tuple[Menu,
     base = Variant(FLOAT)
     menu = _decoder_menu("float32", base, (128, 32))
     # Products of 8 bits: where all weights fit the cache, arithmetic decides, and 4 bits are no faster.
-    products = {
-        "int8-dynamic": (replace(_WEIGHTS, name="int8-dynamic", activations=Precision.INT8, dynamic=True),),
-        "int8-g128": _weight_only(base, "int8-g128", ("rtn",), 128),
-    }
+    products = {**_dynamic(base), "int8-g128": _weight_only(base, "int8-g128", ("rtn",), 128)}
     return (replace(menu, formats={**menu.formats, **products}),)
 
 

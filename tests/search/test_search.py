@@ -195,6 +195,17 @@ def test_onnxruntime_has_products_of_8_bits_for_decoders() -> None:
     assert [format_of(way) for ways in menu.formats.values() for way in ways[:1]] == list(menu.formats)
 
 
+def test_openvino_has_products_of_8_bits_for_decoders_wherever_it_rounds_activations() -> None:
+    target = Target("openvino-cpu", "openvino", "cpu", "x86_64", "linux", "1")
+    found = menus(target, ("bfloat16", "float32"), "latency", decoder=True)
+    assert len(found) == 6
+    for menu in found:
+        group = menu.base.compute["dynamic_group"]
+        ways = menu.formats.get("int8-dynamic", ())
+        assert [way.compute["dynamic_group"] for way in ways] == ([group] if group else [])
+        assert all(format_of(way) == "int8-dynamic" for way in ways)
+
+
 def test_onnxruntime_may_leave_activations_unscaled_where_rescaling_costs_time() -> None:
     target = Target("onnxruntime-cpu", "onnxruntime", "cpu", "x86_64", "linux", "1")
     scaled_too, unscaled = menus(target, ["float32"], "latency", decoder=False)
