@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from medcompile import (
     __version__,
     backends,
+    beside,
     budget,
     bundle,
     cache,
@@ -30,13 +31,15 @@ from medcompile import (
     models,
     recipe,
     report,
+    roles,
     search,
     sources,
     verify,
 )
 from medcompile.artifacts import Lowering, Made, Trials
+from medcompile.beside import Beside
 from medcompile.bundle import Bundle
-from medcompile.errors import BackendUnavailable, BundleError, DataError, UsageError
+from medcompile.errors import BackendUnavailable, BundleError, UsageError
 from medcompile.models import ModelOptions
 from medcompile.passes.calibrate import Calibrate
 from medcompile.passes.cast import Cast
@@ -77,11 +80,9 @@ def build(
     manifest says phi: present. Raises RecipeError, SourceError, DataError, PassError or BackendError and leaves no
     bundle; OverBudgetError after writing one in which no quantized or 16-bit variant is non-inferior.
     """
-    job = recipe.load(path, overrides)
     folder = Path(cache_folder) if cache_folder else sources.default_cache()
-    place = Path(out) if out else Path("engines") / job.name
-    told = progress or Silent()
-    built = _Build(job, Steps(cache.Cache(folder.absolute() / "build"), told), folder, told, offline, allow_phi)
+    built = _prepared(path, overrides, offline, allow_phi, folder, progress or Silent())
+    place = Path(out) if out else Path("engines") / built.job.name
     try:
         return built.run(place)
     except OSError as error:
@@ -91,13 +92,16 @@ def build(
         ) from error
 
 
-@dataclass(frozen=True)
-class Datasets:
-    """The data of a build by role. tuning: what a search sees; evaluation: the final test's."""
+def answer(path: str, overrides: Sequence[str], offline: bool, allow_phi: bool, cache_folder: str) -> None:
+    """Make the original's answers that build() with these arguments needs, and leave them in the cache."""
+    _prepared(path, overrides, offline, allow_phi, Path(cache_folder), Silent()).answer()
 
-    calibration: data.Dataset | None
-    tuning: data.Dataset | None
-    evaluation: data.Dataset
+
+def _prepared(
+    path: Path | str, overrides: Sequence[str], offline: bool, allow_phi: bool, folder: Path, progress: Progress
+) -> _Build:
+    steps = Steps(cache.Cache(folder.absolute() / "build"), progress)
+    return _Build(recipe.load(path, overrides), tuple(overrides), steps, folder, progress, offline, allow_phi)
 
 
 @dataclass
@@ -105,6 +109,7 @@ class _Build:
     """One build. Each step is a method; it returns what it made, fresh or from the cache."""
 
     job: recipe.Recipe
+    overrides: tuple[str, ...]
     steps: Steps
     downloads: Path
     progress: Progress
@@ -113,15 +118,17 @@ class _Build:
     notes: list[str] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     references: dict[tuple[str, str], Step] = field(default_factory=dict)
+    beside: Beside | None = None
 
     def run(self, out: Path) -> Bundle:
         self.datasets  # noqa: B018  the cheap ways to fail come first
         targets = self.targets()
-        with bundle.Writer(out) as writer:
+        with bundle.Writer(out) as writer, ExitStack() as ended:
             for task in self.options.tasks:
-                for dataset in (self.datasets.evaluation, self.datasets.tuning):
-                    if dataset is not None:  # data that can't judge the model is told before anything is built
-                        exams.check(self.exam(task, dataset), self.job.budget)
+                for dataset in self.datasets.judging:  # data that can't judge is told before anything is built
+                    exams.check(self.exam(task, dataset), self.job.budget)
+            if self.is_answered_beside():
+                self.beside = ended.enter_context(Beside(self.arguments()))
             found = self.searched(targets) if self.job.optimize else Found(self.job.variants, self.job.budget)
             lowered = {v.name: self.lowered(v) for v in found.variants}
             lowering = Lowering(
@@ -193,30 +200,8 @@ class _Build:
         return {t: self.family.graph_spec(self.checkpoint, t, self.options) for t in self.options.tasks}
 
     @cached_property
-    def datasets(self) -> Datasets:
-        """The data of each role, disjoint."""
-        job = self.job
-        evaluation = self._dataset(job.evaluation.data, job.evaluation.samples)
-        tuning = calibration = None
-        if job.tuning is not None:
-            tuning = self._dataset(job.tuning.data, job.tuning.samples)
-            _check_roles(evaluation, tuning)
-            tuning = self._apart(tuning, evaluation, "tuning", "evaluation")
-        if job.calibration is not None:
-            sets = [self._dataset(name, job.calibration.samples) for name in job.calibration.data]
-            calibration = self._apart(data.joined(sets), evaluation, "calibration", "evaluation")
-            if tuning is not None:
-                calibration = self._apart(calibration, tuning, "calibration", "tuning")
-        return Datasets(calibration, tuning, evaluation)
-
-    def _apart(self, dataset: data.Dataset, judged: data.Dataset, role: str, other: str) -> data.Dataset:
-        kept, dropped = data.without_overlap(dataset, judged)
-        if dropped:
-            self.note(f"{dropped} {role} items also stand in the {other} data and were left out")
-        return kept
-
-    def _dataset(self, name: str, limit: int | None) -> data.Dataset:
-        return data.read(data.load_manifest(self.job.manifests[name]), limit=limit, allow_phi=self.allow_phi)
+    def datasets(self) -> roles.Datasets:
+        return roles.read(self.job, allow_phi=self.allow_phi, note=self.note)
 
     def targets(self) -> list[Target]:
         """What can be built here. For every other target of the recipe the reason and the fix go into self.skipped."""
@@ -339,9 +324,28 @@ class _Build:
             self.references[task, dataset.digest] = self._reference(task, dataset)
         return self.references[task, dataset.digest]
 
-    def _reference(self, task: str, dataset: data.Dataset) -> Step:
-        parts = (self.source_key, task, dataset.digest, self.assets.key, _versions("torch", "transformers", "timm"))
+    def answer(self) -> None:
+        for dataset in self.datasets.judging:
+            for task in self.options.tasks:
+                self.reference(task, dataset)
 
+    def is_answered_beside(self) -> bool:
+        """Whether answers are missing, and worth a process of their own."""
+        keys = [self.reference_key(t, d) for t in self.options.tasks for d in self.datasets.judging]
+        missing = any(self.steps.cache.entry(key) is None for key in keys)
+        return missing and beside.pays([self.checkpoint.folder / name for name in self.checkpoint.weights])
+
+    def arguments(self) -> dict[str, object]:
+        """answer()'s, for another process."""
+        job, folder = self.job, str(self.downloads.absolute())
+        told = {"path": str(job.path), "overrides": self.overrides, "cache_folder": folder}
+        return told | {"offline": self.offline, "allow_phi": self.allow_phi}
+
+    def reference_key(self, task: str, dataset: data.Dataset) -> str:
+        parts = (self.source_key, task, dataset.digest, self.assets.key, _versions("torch", "transformers", "timm"))
+        return cache.key("reference", _REFERENCE_VERSION, *parts)
+
+    def _reference(self, task: str, dataset: data.Dataset) -> Step:
         def fill(folder: Path) -> None:
             exam = self.exam(task, dataset)
             with ExitStack() as opened:
@@ -352,7 +356,7 @@ class _Build:
                 verify.write_reference(folder / f"{task}.npz", exam, exam.answers(executors))
 
         name = f"reference {task}" + (" for tuning" if dataset is self.datasets.tuning else "")
-        return self.steps.run(name, cache.key("reference", _REFERENCE_VERSION, *parts), fill)
+        return self.steps.run(name, self.reference_key(task, dataset), fill, self.beside)
 
     def trials(self, dataset: data.Dataset, margins: Sequence[Margin]) -> Trials:
         """By task, what artifacts are judged by on that data, and the key over all that decides it."""
@@ -436,9 +440,7 @@ class _Build:
             "revision": self.checkpoint.revision or "",
             "source_files": dict(self.checkpoint.files),
             "recipe_sha256": recipe.digest(self.job),
-            "calibration": _described(self.datasets.calibration),
-            "tuning": _described(self.datasets.tuning),
-            "evaluation": _described(self.datasets.evaluation),
+            **self.datasets.described(),
             "shared_items": data.shared_items([d for d in vars(self.datasets).values() if d is not None]),
             "machine": doctor.machine(),
             "versions": {"medcompile": __version__} | _versions(*_COMPILER_LIBRARIES, "onnxruntime", "openvino"),
@@ -461,32 +463,3 @@ def _versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _check_roles(evaluation: data.Dataset, tuning: data.Dataset) -> None:
-    """What a search looks at many times can't be what it is accepted by. Raises DataError by what the manifests say."""
-    if evaluation.role != "acceptance":
-        raise DataError(
-            f"{evaluation.name} has the role {evaluation.role}; what optimize finds is accepted on other data than it "
-            "was tuned on",
-            fix="name data under evaluation whose manifest says role: acceptance, and that no search has seen",
-        )
-    if tuning.role == "acceptance":
-        raise DataError(
-            f"{tuning.name} has the role acceptance, and tuning would look at it many times",
-            fix="name other data under tuning, or, if it is not kept for acceptance, write role: tuning",
-        )
-
-
-def _described(dataset: data.Dataset | None) -> dict[str, Any] | None:
-    if dataset is None:
-        return None
-    return {
-        "name": dataset.name,
-        "role": dataset.role,
-        "digest": dataset.digest,
-        "items": len(dataset.items),
-        "licence": dataset.licence,
-        "phi": dataset.phi,
-        "source": dataset.source,
-    }

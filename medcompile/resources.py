@@ -1,5 +1,5 @@
-"""What this process may use of the machine, and has used: cores, and peak resident memory (which Linux alone tells
-exactly; elsewhere it is the peak since the start)."""
+"""What this process may use of the machine, and has used: cores, memory, and peak resident memory (which Linux alone
+tells exactly; elsewhere it is the peak since the start)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,25 @@ import resource
 import sys
 from pathlib import Path
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 
 def available_cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int:
+    """What processes may still take without swapping, in all and in this control group. 0 where nothing tells."""
+    free = 0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        limit, used = (int((_CONTROL_GROUP / f"memory.{n}").read_text(encoding="ascii")) for n in ("max", "current"))
+        free = min(free, limit - used)
+    return free
 
 
 def reset_peak_rss() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcompile import cache
+from medcompile.beside import Beside
 from medcompile.errors import MedcompileError, PassError
 from medcompile.program import Context, Pass, PassRecord, Progress
 from medcompile.resources import peak_rss_bytes, reset_peak_rss
@@ -40,8 +41,10 @@ class Steps:
     progress: Progress
     done: list[str] = field(default_factory=list)
 
-    def run(self, name: str, key: str, fill: Callable[[Path], None]) -> Step:
+    def run(self, name: str, key: str, fill: Callable[[Path], None], beside: Beside | None = None) -> Step:
         """The cache's entry for key; if it is not there, fill writes it into an empty folder now.
+
+        beside: a process that may be about to make it; it is waited for first.
 
         Errors of this project come through, PassErrors with where they arose. Anything else that a library raises
         becomes a PassError with the same, and is its cause.
@@ -53,7 +56,10 @@ class Steps:
             started = time.perf_counter()
             self.progress.begin(name)
             reset_peak_rss()
-            folder = self._filled(name, key, fill)
+            if beside is not None:
+                beside.wait(lambda: self.cache.entry(key) is not None)
+                folder = self.cache.entry(key)
+            folder = folder or self._filled(name, key, fill)
             self.progress.end(PassRecord(name, key, time.perf_counter() - started, peak_rss_bytes(), cached=False))
         self.done.append(name)
         return Step(key, folder)

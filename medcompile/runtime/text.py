@@ -33,6 +33,10 @@ BATCH_TOKENS = 4096
 """Rows times padded length of one batch: bounds the memory of a run whatever the input's size."""
 STREAM_TOKENS = (256, 512)
 """The same where batches run side by side: at least, and at most. Small ones fit a core's cache and end together."""
+DENSITY = 7 / 8
+"""Of a batch that must be tokens and not padding; one of fewer than SMALL_TOKENS is filled up first, because a run has
+its own cost."""
+SMALL_TOKENS = 256
 SLICE = 256
 """Texts tokenized at once; a tokenizer's encodings weigh some hundred bytes per token until they are cut down."""
 
@@ -228,7 +232,8 @@ class TextAssets:
         extra: Mapping[str, Array] | None = None,
         tokens: int = BATCH_TOKENS,
     ) -> Iterator[Batch]:
-        """Pack windows into feeds for spec, longest first, each batch within so many tokens and one profile.
+        """Pack windows into feeds for spec, longest first, each batch within so many tokens and one profile, and with
+        little padding.
 
         extra: further inputs by name, one entry per window. Raises ProfileError if no profile holds a window.
         """
@@ -238,6 +243,7 @@ class TextAssets:
             batch, sequence = _fitting_axes(spec, len(windows[order[taken]].ids))
             length = max(sequence.min, len(windows[order[taken]].ids))
             rows = order[taken : taken + max(1, min(batch.max, tokens // length))]
+            rows = rows[: _dense([len(windows[i].ids) for i in rows], length)]
             taken += len(rows)
             filled = rows + [rows[0]] * (batch.min - len(rows))
             feeds = self._feeds([windows[i] for i in filled], length)
@@ -255,6 +261,16 @@ class TextAssets:
             mask[row, :n] = 1
             types[row, :n] = window.types
         return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+def _dense(sizes: Sequence[int], length: int) -> int:
+    """How many of these, longest first and padded to length, a batch takes before padding is too much of it."""
+    real = 0
+    for count, size in enumerate(sizes):
+        real += size
+        if count * length >= SMALL_TOKENS and real < DENSITY * (count + 1) * length:
+            return count
+    return len(sizes)
 
 
 def checked(texts: Text | Iterable[Text]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from medcompile.errors import BundleError, InputError, ProfileError
-from medcompile.runtime.text import BATCH_TOKENS, TextAssets, Window, checked, checked_words
+from medcompile.runtime.text import BATCH_TOKENS, DENSITY, SMALL_TOKENS, TextAssets, Window, checked, checked_words
 from medcompile.spec import GraphSpec, TensorSpec
 from tests.runtime.fakes import spec, text_assets, tokenizer, write_assets
 
@@ -109,9 +109,23 @@ def test_batches_stay_inside_the_budget_and_the_profile_and_hold_every_window_on
             assert ids[row][mask[row] == 1].tolist() == windows[i].ids.tolist()
             assert not ids[row][mask[row] == 0].any()
         assert ids.shape[1] == max(8, mask.sum(1).max())
+        assert ids.size <= SMALL_TOKENS + ids.shape[1] or mask.mean() >= DENSITY
         seen += batch.rows
     assert sorted(seen) == list(range(len(windows)))
     assert shapes == sorted(shapes, key=lambda s: -s[1])
+
+
+def test_short_texts_do_not_fill_up_a_batch_of_long_ones_and_a_few_texts_stay_one_batch() -> None:
+    assets = text_assets(512)
+    graph = spec("embed", batch=(1, 8, 32), sequence=(8, 128, 512))
+
+    def rows_of(*sizes: int) -> list[int]:
+        texts = [" ".join(["pain"] * n) for n in sizes]
+        windows = [w for i, t in enumerate(assets.encode(texts)) for w in assets.windows(i, t, 512)]
+        return [len(batch.rows) for batch in assets.batches(graph, windows)]
+
+    assert rows_of(*[400] * 4, *[10] * 20) == [4, 20]
+    assert rows_of(60, 10, 5) == [3]
 
 
 def test_a_batch_below_the_profiles_min_is_filled_with_copies() -> None:
