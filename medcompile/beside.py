@@ -43,6 +43,7 @@ class Beside:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": str(available_cores() - 1)},  # one core is the build's own
         )
 
     def wait(self, there: Callable[[], bool]) -> None:

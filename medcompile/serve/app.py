@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from medcompile import __version__
-from medcompile.serve import failures, metrics, openapi, replies
+from medcompile.serve import docs_page, failures, metrics, openapi, replies
 from medcompile.serve.audit import AuditLog
 from medcompile.serve.bodies import Bodies
 from medcompile.serve.cache import ResponseCache
@@ -34,7 +34,7 @@ from medcompile.serve.watch import Watch
 log = logging.getLogger("medcompile.serve")
 
 MODEL_ROUTE = "/v1/models/{model:path}"
-ROUTES = (*CALLS, "/v1/models", MODEL_ROUTE, "/health/live", "/health/ready", "/metrics", "/openapi.json")
+ROUTES = (*CALLS, "/v1/models", MODEL_ROUTE, "/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def create_app(settings: Settings, engines: Engines, safety: Safety | None = Non
         title="medcompile",
         summary="Medical models behind OpenAI's interface.",
         version=__version__,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
         redoc_url=None,
         openapi_url=None,
     )
@@ -150,6 +150,12 @@ def _add_document(app: FastAPI, engines: Engines, *, with_keys: bool) -> None:
     async def document() -> Response:
         return replies.document(openapi.document(app, engines, with_keys=with_keys))
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        base_url = str(request.base_url).rstrip("/")
+        shown = docs_page.html(openapi.document(app, engines, with_keys=with_keys), base_url)
+        return HTMLResponse(shown, headers={"Content-Security-Policy": docs_page.POLICY})
+
 
 def _told(engine: Engine) -> dict[str, Any]:
     return {
@@ -168,7 +174,7 @@ def _told(engine: Engine) -> dict[str, Any]:
 async def _http_error(_: Request, error: Exception) -> Response:
     """What the router itself refuses: no such route, another method."""
     assert isinstance(error, HTTPException)
-    words = {404: "no such route; GET /openapi.json tells those that there are", 405: "not with this method"}
+    words = {404: "no such route; /docs tells those that there are", 405: "not with this method"}
     message = words.get(error.status_code, "the request can't be read")
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     return replies.document(failures.told(message, kind), error.status_code, error.headers)

@@ -32,7 +32,7 @@ PURPOSES = frozenset(
 """What X-Purpose-Of-Use may say: the codes of HL7 v3 PurposeOfUse. A closed list, as the audit log holds no content."""
 
 _OPEN = frozenset({"/health/live", "/health/ready"})
-_PAGES = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
+_PAGES = frozenset({"/docs", "/openapi.json"})
 _FORWARDED = frozenset({b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-real-ip", b"via"})
 
 

@@ -108,10 +108,10 @@ async def test_without_a_valid_key_all_but_health_and_the_document_is_refused(
             answer = await asked.get(path, headers=headers)  # type: ignore[arg-type]
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
             assert answer.json()["error"]["code"] == "invalid_api_key" and keys["ward"] not in answer.text
-        for path in ("/health/live", "/health/ready", "/openapi.json"):
+        for path in ("/health/live", "/health/ready", "/openapi.json", "/docs"):
             assert (await asked.get(path, headers=headers)).status_code == 200  # type: ignore[arg-type]
     async with guarded(tmp_path, Rules(pages=False)) as asked:
-        assert (await asked.get("/openapi.json")).status_code == 401
+        assert (await asked.get("/openapi.json")).status_code == (await asked.get("/docs")).status_code == 401
 
 
 async def test_the_scheme_of_a_key_is_taken_in_any_case(tmp_path: Path, keys: Keys) -> None:

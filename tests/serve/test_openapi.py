@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
+import shlex
 from typing import Any
 
 import jsonschema
@@ -65,3 +69,21 @@ def test_plain_answers_fit_their_schemas(server: Server, document: dict[str, Any
     operation = document["paths"][documented]["get"]
     reference = operation["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
     jsonschema.validate(server.http.get(path).json(), schema_of(document, reference))
+
+
+def test_the_page_to_read_has_a_command_for_each_call_that_works_as_it_stands(server: Server) -> None:
+    answer = server.http.get("/docs")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    assert "script" not in answer.headers["content-security-policy"]
+    commands = [shlex.split(html.unescape(found)) for found in re.findall(r"<pre>(.*?)</pre>", answer.text, re.DOTALL)]
+    assert {command[1].removeprefix(server.url) for command in commands} == set(CALLS)
+    for command in commands:
+        body = json.loads(command[command.index("-d") + 1])
+        assert server.post(command[1].removeprefix(server.url), body).status_code == 200
+
+
+def test_the_page_to_read_loads_nothing_and_links_to_what_is_there(server: Server) -> None:
+    text = server.http.get("/docs").text
+    assert "<script" not in text and "src=" not in text and "<link" not in text
+    links = set(re.findall(r'href="#([^"]+)"', text))
+    assert len(links) > len(CALLS) and all(f'id="{link}"' in text for link in links)
