@@ -80,8 +80,11 @@ class Encoder:
 
         An empty text gets the embedding of the special tokens alone.
         """
+        return self.embed_tokens(self.text.encode(checked(texts)))
+
+    def embed_tokens(self, tokens: Sequence[Tokens]) -> Array:
+        """embed() of texts that are tokenized."""
         spec = self._graph("embed")
-        tokens = self.text.encode(checked(texts))
         hidden = spec.outputs[0].shape[-1]
         total = np.zeros((len(tokens), int(hidden)), np.float64)
         windows = self._windows(spec, tokens)
@@ -104,12 +107,15 @@ class Encoder:
         form), and Entity.text is exactly that slice. A text without words gives [].
         """
         strings = checked(texts)
-        tokens = self.text.encode(strings)
-        found = [
-            self._scheme.entities(string, t, _softmax(logits))
-            for string, t, logits in zip(strings, tokens, self._token_logits(tokens), strict=True)
-        ]
+        found = self.extract_tokens(strings, self.text.encode(strings))
         return found[0] if isinstance(texts, (str, bytes)) else found
+
+    def extract_tokens(self, texts: Sequence[str], tokens: Sequence[Tokens]) -> list[list[Entity]]:
+        """extract() of texts that are tokenized."""
+        return [
+            self._scheme.entities(text, t, _softmax(logits))
+            for text, t, logits in zip(texts, tokens, self._token_logits(tokens), strict=True)
+        ]
 
     def classify(self, texts: Text | Iterable[Text], pairs: Text | Iterable[Text] | None = None) -> list[list[Score]]:
         """Every class with its probability, most probable first, per text (or per text and its pair).

@@ -6,6 +6,7 @@ is guard.py's.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -61,8 +62,8 @@ class Watch:
         began_s = time.perf_counter()
         try:
             await self._app(scope, received, sent)
-        finally:
-            self._tell(scope, seen, time.perf_counter() - began_s)
+        finally:  # told after the answer's bytes are on their way, which go out when this turn of the loop ends
+            asyncio.get_running_loop().call_soon(self._tell, scope, seen, time.perf_counter() - began_s)
 
     def _tell(self, scope: Scope, seen: _Seen, seconds: float) -> None:
         cut = seen.left and not seen.ended

@@ -27,7 +27,7 @@ from medcompile.serve.frames import Frame
 from medcompile.serve.lanes import Item, Job, Waiting
 
 if TYPE_CHECKING:
-    from medcompile.runtime.text import TextAssets
+    from medcompile.runtime.text import TextAssets, Tokens
 
 log = logging.getLogger("medcompile.serve.worker")
 
@@ -323,11 +323,11 @@ class EncoderDesk(Desk):
                 yield "classes", Kind(lambda asked: [towers.classes(*one) for one in asked], lambda asked: (asked, 1))
         if self._tasks & {"image", "text"}:
             return
-        text = session.encoder.text
+        encoder, text = session.encoder, session.encoder.text
         if "embed" in self._tasks:
-            yield "embed", Kind(session.embed, _counted(text))
+            yield "embed", Kind(lambda read: encoder.embed_tokens([tokens for _, tokens in read]), _tokenized(text))
         if "token-classification" in self._tasks:
-            yield "extract", Kind(session.extract, _counted(text))
+            yield "extract", Kind(lambda read: encoder.extract_tokens(*zip(*read, strict=True)), _tokenized(text))
         if "sequence-classification" in self._tasks:
             yield "classify", Kind(session.classify, _counted(text))
             yield "pairs", Kind(lambda both: session.classify(*map(list, zip(*both, strict=True))), _counted(text))
@@ -336,9 +336,20 @@ class EncoderDesk(Desk):
         """Load every graph now, and not in the first request's time."""
         for name in ("embed", "extract", "classify", "text"):
             if name in self._kinds:
-                list(self._kinds[name].run(["warm up"]))
+                kind = self._kinds[name]
+                list(kind.run([kind.prepare("warm up")[0]]))
         if "image" in self._kinds:
             self._session.embed_images(np.zeros((32, 32), np.uint8))
+
+
+def _tokenized(text: TextAssets) -> Callable[[str], tuple[tuple[str, Tokens], int]]:
+    """A text with its tokens, and how many they are."""
+
+    def prepare(value: str) -> tuple[tuple[str, Tokens], int]:
+        (tokens,) = text.encode([value])
+        return (value, tokens), len(tokens)
+
+    return prepare
 
 
 def _counted(text: TextAssets) -> Callable[[Any], tuple[Any, int]]:
