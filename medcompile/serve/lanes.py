@@ -1,25 +1,23 @@
-"""Which texts and images go into an encoder's next batch: the earliest due, and those that go well with it.
+"""Which texts and images go into an encoder's next batch: the earliest due, and those that are due after it.
 
-The earliest due goes first (deadlines.py's patience for each priority, so that nothing starves), and takes those along
-that are of the same kind and about as long, because padding is work for nothing. Pure bookkeeping: nothing runs here.
+The earliest due goes first (deadlines.py's patience for each priority, so that nothing starves), and takes along what
+is of its kind, whatever its length: the encoder itself cuts a batch into runs of about one length, and spreads them
+over the cores. An emergency takes other emergencies alone, as nobody else's work shall delay its answer. Pure
+bookkeeping: nothing runs here.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from medcompile.runtime.deadlines import Priority
 from medcompile.runtime.text import BATCH_TOKENS
 
 BATCH = 64
-"""Items of a batch at most; the graph's own profile may cut it into several runs."""
-SHORTEST = 16
-"""Tokens that every text counts for when batches are made: below, a run's cost is hardly that of its tokens."""
-SLACK = 1.25
-"""How much longer than the shortest of its batch an item may be."""
+"""Items of a batch at most."""
 
 
 @dataclass
@@ -57,49 +55,48 @@ class Item:
 
 
 class Waiting:
-    """Items in lanes of one kind, about one length and one priority, in the order of arrival. Not thread-safe."""
+    """Items in lanes of one kind and one priority, in the order of arrival. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._lanes: dict[tuple[str, int], dict[str, deque[Item]]] = {}
+        self._lanes: dict[tuple[str, str], deque[Item]] = {}
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, item: Item) -> None:
-        bucket = math.ceil(math.log(max(item.length, SHORTEST)) / math.log(SLACK))
-        lanes = self._lanes.setdefault((item.kind, bucket), {})
-        lanes.setdefault(item.job.priority, deque()).append(item)
+        self._lanes.setdefault((item.kind, item.job.priority), deque()).append(item)
         self._count += 1
 
     def take(self) -> list[Item]:
         """The earliest due item and those that go with it, the earliest due of them first; [] where none waits."""
-        best: tuple[float, tuple[str, int]] | None = None
-        for key, lanes in list(self._lanes.items()):
-            heads = [lane[0].due_s for lane in lanes.values() if self._clean(lane)]
-            if not heads:
-                del self._lanes[key]
-            elif best is None or min(heads) < best[0]:
-                best = min(heads), key
-        if best is None:
+        self._clean()
+        if not self._lanes:
             return []
-        lanes = self._lanes[best[1]]
+        kind, priority = min(self._lanes, key=self._due_s)
+        apart = priority == Priority.EMERGENCY
+        lanes = [key for key in self._lanes if key == (kind, priority) or (key[0] == kind and not apart)]
         batch: list[Item] = []
-        while len(batch) < BATCH:
-            open_lanes = [lane for lane in lanes.values() if self._clean(lane)]
-            if not open_lanes:
+        tokens = 0
+        while lanes and len(batch) < BATCH:
+            first = min(lanes, key=self._due_s)
+            tokens += self._lanes[first][0].length
+            if batch and tokens > BATCH_TOKENS:
                 break
-            lane = min(open_lanes, key=lambda lane: lane[0].due_s)
-            longest = max([lane[0].length, *(item.length for item in batch)])
-            if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
-                break
-            batch.append(lane.popleft())
+            batch.append(self._lanes[first].popleft())
             self._count -= 1
+            self._clean()
+            lanes = [key for key in lanes if key in self._lanes]
         return batch
 
-    def _clean(self, lane: deque[Item]) -> bool:
-        """Drop what nobody waits for any more from the front. Whether anything is left."""
-        while lane and lane[0].job.over:
-            lane.popleft()
-            self._count -= 1
-        return bool(lane)
+    def _due_s(self, key: tuple[str, str]) -> float:
+        return self._lanes[key][0].due_s
+
+    def _clean(self) -> None:
+        """Drop what nobody waits for any more from the front of the lanes, and lanes that are empty."""
+        for key, lane in list(self._lanes.items()):
+            while lane and lane[0].job.over:
+                lane.popleft()
+                self._count -= 1
+            if not lane:
+                del self._lanes[key]

@@ -1,4 +1,4 @@
-"""Encoders in a worker: texts and images of many requests in common batches, by deadline and by length.
+"""Encoders in a worker: texts and images of many requests in common batches, by deadline.
 
 Which items go together is lanes.py's. One thread runs batches, one after the other, and a batch holds what is there
 when the one before ends: nobody waits for company. Texts are tokenized, and images decoded and resized, meanwhile.
