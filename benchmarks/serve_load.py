@@ -1,14 +1,16 @@
 """Many clients at once: throughput and time to the first token, beside transformers and llama.cpp's own server.
 
     python benchmarks/serve_load.py generate BUNDLE CHECKPOINT --variant int4-g32 --backend openvino
-        --llama-server BINARY --gguf FILE [--clients 16 64] [--out FILE]
+        --texts FILE --field NAME --llama-server BINARY --gguf FILE [--clients 16 64] [--out FILE]
     python benchmarks/serve_load.py encode BUNDLE [--requests 1000] [--clients 64] [--out FILE]
 
 generate: each client sends one request after another, until a trace of fixed seed is through: prompts of 16 to 384
-tokens, answers of 8 to 128, end tokens ignored, so that everybody has the same work. A contender is a server in its own
-process, all in one run, in turns. All get token ids, and stream. transformers' generate answers one request after
-another behind FastAPI; llama.cpp's llama-server batches continuously, with a slot for each client, on the GGUF file
-that the bundle was made of. The client writes HTTP on plain sockets, so that its own work hardly counts.
+tokens, answers of 8 to 128, end tokens ignored, so that everybody has the same work. Prompts are pieces of the texts of
+a JSON lines file; without one, tokens drawn at random, whose answers repeat themselves, which speculation likes. A
+contender is a server in its own process, all in one run, in turns. All get token ids, and stream. transformers'
+generate answers one request after another behind FastAPI; llama.cpp's llama-server batches continuously, with a slot
+for each client, on a GGUF file of the same model. The client writes HTTP on plain sockets, so that its own work hardly
+counts.
 
 encode: embeddings of texts of 1 to 400 words in random order: one request after another by one client, then by many.
 """
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,15 +61,24 @@ class Seen:
     failed: int
 
 
-def trace(requests: int, vocabulary: int = 49_000) -> list[Job]:
+def trace(requests: int, tokens: Sequence[int]) -> list[Job]:
+    """Prompts are stretches of these tokens, each from a place of its own."""
     random = np.random.default_rng(0)
-    return [
-        Job(
-            random.integers(64, vocabulary, random.integers(PROMPT[0], PROMPT[1] + 1)).tolist(),
-            int(random.integers(ANSWER[0], ANSWER[1] + 1)),
-        )
-        for _ in range(requests)
-    ]
+    jobs = []
+    for _ in range(requests):
+        length, answer = (int(random.integers(low, high + 1)) for low, high in (PROMPT, ANSWER))
+        at = int(random.integers(0, len(tokens) - length))
+        jobs.append(Job(list(tokens[at : at + length]), answer))
+    return jobs
+
+
+def tokens_of(given: argparse.Namespace, vocabulary: int = 49_000) -> list[int]:
+    if given.texts is None:
+        return [int(i) for i in np.random.default_rng(1).integers(64, vocabulary, 1 << 16)]
+    tokenizer = tokenizers.Tokenizer.from_file(str(given.bundle / "assets" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    lines = given.texts.read_text(encoding="utf-8").splitlines()
+    return [i for line in lines for i in tokenizer.encode(json.loads(line)[given.field]).ids]
 
 
 # ---- a client
@@ -137,8 +149,9 @@ def generate(given: argparse.Namespace) -> str:
         "| clients | server | requests | tokens/s | TTFT p50 s | TTFT p99 s | failed |",
         "|---|---|---|---|---|---|---|",
     ]
+    tokens = tokens_of(given)
     for clients in given.clients:
-        jobs = trace(given.requests or 4 * clients)
+        jobs = trace(given.requests or 4 * clients, tokens)
         for name, server, whole in contenders(given, clients):
             took = jobs if whole else jobs[: max(clients, len(jobs) // 8)]
             bodies = [
@@ -205,6 +218,8 @@ def main() -> None:
         step.add_argument("--out", type=Path)
     making.add_argument("checkpoint", type=Path)
     making.add_argument("--clients", type=int, nargs="+", default=[16, 64])
+    making.add_argument("--texts", type=Path)
+    making.add_argument("--field", default="text")
     making.add_argument("--variant")
     making.add_argument("--backend")
     making.add_argument("--llama-server", type=Path)
