@@ -129,7 +129,10 @@ async def load(url: str, path: str, bodies: Sequence[dict[str, Any]], clients: i
 
 
 def contenders(given: argparse.Namespace, clients: int) -> Iterator[tuple[str, Callable[[], Any], bool]]:
-    """Name, server, and whether it is asked for all of the trace (transformers takes an eighth: it is slow)."""
+    """Name, server, and whether it is asked for all of the trace (transformers takes a part: it is slow).
+
+    One after another is as fast for many clients as for few, so transformers competes with the fewest alone.
+    """
     ours = [f"m={given.bundle}", "--queue", 4096, "--threads", given.threads]
     ours += ["--kv-blocks", clients * (CONTEXT // 32)]
     for option in ("variant", "backend"):
@@ -141,7 +144,8 @@ def contenders(given: argparse.Namespace, clients: int) -> Iterator[tuple[str, C
             given.llama_server, given.gguf, clients, CONTEXT, given.threads
         )
         yield "llama.cpp, llama-server", server, True
-    yield "transformers, one by one", lambda: serve_process.transformers_server(given.checkpoint), False
+    if clients == min(given.clients):
+        yield "transformers, one by one", lambda: serve_process.transformers_server(given.checkpoint), False
 
 
 def generate(given: argparse.Namespace) -> str:

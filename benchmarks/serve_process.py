@@ -57,7 +57,7 @@ def listening(command: Sequence[object], port: int, health: str) -> Iterator[str
                 time.sleep(0.2)
             yield url
         finally:
-            process.terminate()
+            process.kill()  # asked to end, uvicorn would first answer whoever still waits
             process.wait()
 
 

@@ -186,7 +186,7 @@ def _listening(url: str, engines: Engines) -> None:
     for engine in engines:
         facts = engine.facts
         typer.echo(f"{engine.name}: {', '.join(engine.tasks)} · {facts['variant']} on {facts['target']}", err=True)
-    typer.echo(f"{url}/v1 takes requests; {url}/openapi.json tells which", err=True)
+    typer.echo(f"{url}/v1 takes requests; {url}/docs tells which", err=True)
 
 
 def _status(line: str) -> None:

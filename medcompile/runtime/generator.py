@@ -50,7 +50,7 @@ class Stats:
     accepted: int = 0
 
 
-STEP_TOKENS, REQUESTS = 256, 32
+STEP_TOKENS, REQUESTS = 256, 128
 """Of a step at most, unless a model takes less."""
 
 
