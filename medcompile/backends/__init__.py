@@ -31,6 +31,8 @@ class Executor(ABC):
 
     streams: int = 1
     """How many batches run_each() has under way at once."""
+    step: int = 1
+    """Sequences had better be padded to a multiple of this: the library keeps what it makes for each shape it meets."""
 
     def __init__(self, spec: GraphSpec) -> None:
         self.spec = spec

@@ -207,7 +207,7 @@ class Encoder:
         rows: list[tuple[int, ...]] = []
 
         def feeds() -> Iterator[Mapping[str, Array]]:
-            for batch in self.text.batches(spec, windows, extra, tokens):
+            for batch in self.text.batches(spec, windows, extra, tokens, executor.step):
                 rows.append(batch.rows)
                 yield batch.feeds
 

@@ -69,6 +69,7 @@ class StreamedExecutor(Executor):
     def __init__(self, wide: Executor, narrow: Callable[[], Executor], streams: int) -> None:
         super().__init__(wide.spec)
         self.streams = streams
+        self.step = wide.step
         self._wide = wide
         self._open = narrow
         self._narrow: Executor | None = None

@@ -231,17 +231,20 @@ class TextAssets:
         windows: Sequence[Window],
         extra: Mapping[str, Array] | None = None,
         tokens: int = BATCH_TOKENS,
+        step: int = 1,
     ) -> Iterator[Batch]:
         """Pack windows into feeds for spec, longest first, each batch within so many tokens and one profile, and with
         little padding.
 
-        extra: further inputs by name, one entry per window. Raises ProfileError if no profile holds a window.
+        extra: further inputs by name, one entry per window. step: lengths are a multiple of it where the profile has
+        room. Raises ProfileError if no profile holds a window.
         """
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
         taken = 0
         while taken < len(order):
             batch, sequence = _fitting_axes(spec, len(windows[order[taken]].ids))
-            length = max(sequence.min, len(windows[order[taken]].ids))
+            length = -(-len(windows[order[taken]].ids) // step) * step
+            length = min(max(sequence.min, length), sequence.max)
             rows = order[taken : taken + max(1, min(batch.max, tokens // length))]
             rows = rows[: _dense([len(windows[i].ids) for i in rows], length)]
             taken += len(rows)

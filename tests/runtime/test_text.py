@@ -128,6 +128,16 @@ def test_short_texts_do_not_fill_up_a_batch_of_long_ones_and_a_few_texts_stay_on
     assert rows_of(60, 10, 5) == [3]
 
 
+def test_lengths_are_rounded_up_to_a_step_within_the_profile() -> None:
+    assets = text_assets(512)
+    texts = [" ".join(["pain"] * n) for n in (600, 77, 14, 3)]
+    windows = [w for i, t in enumerate(assets.encode(texts)) for w in assets.windows(i, t, 500)]
+    graph = spec("embed", batch=(1, 1, 1), sequence=(8, 128, 500))
+    shapes = [batch.feeds["input_ids"].shape[1] for batch in assets.batches(graph, windows, step=16)]
+    assert shapes[0] == 500 and set(shapes[-3:]) == {80, 16}
+    assert [b.rows for b in assets.batches(graph, windows, step=16)] == [b.rows for b in assets.batches(graph, windows)]
+
+
 def test_a_batch_below_the_profiles_min_is_filled_with_copies() -> None:
     assets = text_assets()
     windows = assets.windows(0, assets.encode(["pain"])[0], 64)
