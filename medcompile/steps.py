@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medcompile import cache
-from medcompile.beside import Beside
 from medcompile.errors import MedcompileError, PassError
 from medcompile.program import Context, Pass, PassRecord, Progress
 from medcompile.resources import peak_rss_bytes, reset_peak_rss
@@ -22,6 +21,7 @@ from medcompile.spec import Variant
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from medcompile.beside import Beside
     from medcompile.program import Feeds
 
 

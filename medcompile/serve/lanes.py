@@ -74,8 +74,9 @@ class Waiting:
         if not self._lanes:
             return []
         kind, priority = min(self._lanes, key=self._due_s)
-        apart = priority == Priority.EMERGENCY
-        lanes = [key for key in self._lanes if key == (kind, priority) or (key[0] == kind and not apart)]
+        lanes = [(kind, priority)]
+        if priority != Priority.EMERGENCY:
+            lanes = [key for key in self._lanes if key[0] == kind]
         batch: list[Item] = []
         tokens = 0
         while lanes and len(batch) < BATCH:
